@@ -1,0 +1,133 @@
+"""Amortised guide of the sparse mechanism shift family."""
+
+from typing import Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_causalcell.batch import Batch
+from pyro_causalcell.distributions import Gate, GatedNormal, MeanFieldGate
+from pyro_causalcell.nets import Encoder, Norm, Rotation, with_interactions
+
+__all__ = ["SparseShiftGuide"]
+
+OPEN_ABOVE = 1.0
+"""Shifts, in standard deviations, whose edges start open after the warm start."""
+
+
+class SparseShiftGuide(PyroModule):
+    r"""q(π) q(γ) q(μ | γ) q(z | x): free posteriors of the edges, an encoder for the programmes.
+
+    .. math::
+        q(\gamma_{pk}) &= \mathrm{Bernoulli}(\phi_{pk}), \qquad
+        q(\pi_{pk}) = \mathrm{Beta}(1 + \phi_{pk},\; \alpha + 1 - \phi_{pk}) \\
+        q(\mu_{pk} \mid \gamma_{pk} = 1) &= \mathrm{Normal}(m_{pk}, s_{pk}) \\
+        q(z_n \mid x_n) &= \mathrm{Normal}(e(x_n), \mathrm{diag}\, s(x_n)^2)
+
+    q(π) is the conjugate update, the best one given φ. In training the gates' draw is their probability,
+    which the model integrates exactly; in evaluation mode gates are drawn.
+
+    The cell's intervention may enter q(z): ``intervention="ignored"`` (as the authors' code),
+    ``"input"`` (the design is appended to the encoder's input, as the paper's formula), or ``"prior"``:
+    the encoder's normal is multiplied with the prior Normal(Σ u γ μ, 1), so that q(z | x, u) holds what
+    the intervention says besides what the counts say, also for a shift learned later.
+
+    Args:
+        n_genes, n_targets, n_batches: sizes of the screen.
+        n_latents, likelihood, gates, alpha, interactions: as in the model.
+        intervention: How the intervention enters q(z).
+        n_hidden, n_layers, norm, dropout: of the encoder.
+
+    Source: Lopez et al., CLeaR 2023, equation 3.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_targets: int,
+        n_batches: int = 0,
+        *,
+        n_latents: int = 10,
+        likelihood: Literal["nb", "poisson", "gaussian"] = "nb",
+        gates: Literal["posterior", "open", "closed", "sampled"] = "posterior",
+        alpha: float | None = None,
+        interactions: tuple[tuple[int, int], ...] = (),
+        intervention: Literal["ignored", "input", "prior"] = "prior",
+        n_hidden: int = 128,
+        n_layers: int = 2,
+        norm: Norm = "batch",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.gates, self.intervention, self.interactions = gates, intervention, tuple(interactions)
+        self.alpha = float(n_targets if alpha is None else alpha)
+        self.rotated_site = "z"
+        self.gate_sites = ("edge_rate", "gate", "min_effect") if gates == "posterior" else ()
+        shape = (n_targets + len(self.interactions), n_latents)
+        if gates == "posterior":
+            self.gate_logit = PyroParam(torch.full(shape, 2.0))
+        if gates in ("posterior", "open"):
+            self.shift_loc = PyroParam(0.1 * torch.randn(shape))
+            self.shift_scale = PyroParam(torch.full(shape, 0.1), constraint=constraints.positive)
+        self.encoder = Encoder(
+            n_genes,
+            n_latents,
+            n_batches + (n_targets if intervention == "input" else 0),
+            log_input=likelihood != "gaussian",
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            norm=norm,
+            dropout=dropout,
+        )
+
+    def forward(self, batch: Batch) -> None:
+        """q(π) q(γ) q(μ | γ), then q(z | x) inside the cells plate."""
+        prior_loc_nk = self.prior_loc(batch)
+        extra = (batch.batch_nb, batch.u_np) if self.intervention == "input" else (batch.batch_nb,)
+        with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
+            loc_nk, scale_nk = self.encoder(batch.x_ng, *extra)
+            if self.intervention == "prior":
+                loc_nk, scale_nk = product_with_unit_normal(loc_nk, scale_nk, prior_loc_nk)
+            pyro.sample("z", dist.Normal(loc_nk, scale_nk).to_event(1))  # q(z | x, u)
+
+    def prior_loc(self, batch: Batch) -> Tensor:
+        """q(π) q(γ) q(μ | γ), and the mean of p(z | u) that they give, shape n, k (or a zero)."""
+        if self.gates in ("closed", "sampled"):
+            return batch.u_np.new_zeros(())
+        gate_pk = torch.ones_like(self.shift_loc)
+        if self.gates == "posterior":
+            phi_pk = torch.sigmoid(self.gate_logit)
+            beta = dist.Beta(1 + phi_pk, self.alpha + 1 - phi_pk)
+            pyro.sample("edge_rate", beta.to_event(2))  # q(π)
+            gate = MeanFieldGate if self.training else Gate  # probabilities to train on, draws to predict
+            gate_pk = pyro.sample("gate", gate(logits=self.gate_logit).to_event(2))  # q(γ)
+        slab = GatedNormal(gate_pk, self.shift_loc, self.shift_scale)
+        shift_pk = pyro.sample("shift", slab.to_event(2))  # q(μ | γ)
+        return with_interactions(batch.u_np, self.interactions) @ (gate_pk * shift_pk)
+
+    def hold_gates_open(self, held: bool) -> None:
+        """Fix all gates open (the warm start), or let them be learned."""
+        self.gate_logit.requires_grad_(not held)
+        if held:
+            self.gate_logit.data.fill_(10.0)
+
+    @torch.no_grad()
+    def rotate(self, rotation: Rotation) -> None:
+        """Take over new axes: z becomes ``z @ map_kk.T + offset_k``, with the shifts seen there."""
+        self.encoder.rotate(rotation.map_kk, rotation.offset_k)
+        n_targets = len(rotation.shift_pk)
+        self.shift_loc[:n_targets] = rotation.shift_pk
+        self.shift_loc[n_targets:] = 0.0
+        self.gate_logit[:n_targets] = torch.where(rotation.shift_pk.abs() > OPEN_ABOVE, 4.0, -4.0)
+        self.gate_logit[n_targets:] = -2.0
+
+
+def product_with_unit_normal(loc_nk: Tensor, scale_nk: Tensor, prior_loc_nk: Tensor) -> tuple[Tensor, Tensor]:
+    """Location and scale of Normal(loc, scale) · Normal(prior_loc, 1), normalised."""
+    precision_nk = scale_nk**-2
+    scale = (1 + precision_nk).rsqrt()
+    return (loc_nk * precision_nk + prior_loc_nk) * scale**2, scale

@@ -1,0 +1,68 @@
+"""What passes between the rooms: the tensors of a minibatch, and the sizes of a screen."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch", "Dims"]
+
+
+class Batch(NamedTuple):
+    """The tensors of one minibatch of n cells.
+
+    ==============  =============  ====================================================================
+    field           shape          meaning
+    ==============  =============  ====================================================================
+    ``x_ng``        n, g           counts or log-normalised values; ``None`` asks a model to draw them
+    ``u_np``        n, p           design: 1 (or the dose) for each target; control cells are zero
+    ``library_n1``  n, 1           total counts
+    ``batch_nb``    n, b           batch and covariate columns, one-hot, side by side; b may be 0
+    ``condition_n`` n              index of the condition in ``Screen.conditions``; -1 if unknown
+    ``index_n``     n              row of each cell among the ``n_total`` cells that are fitted
+    ``n_total``     number         cells that are fitted: sets the scale of the cells plate
+    ``time_n``      n              time of each cell, where the screen has one
+    ``control``     Batch          anchors, for a model that needs them
+    ``next``        Batch          the later snapshot, for a model that needs it
+    ==============  =============  ====================================================================
+    """
+
+    x_ng: Tensor | None
+    u_np: Tensor
+    library_n1: Tensor
+    batch_nb: Tensor
+    condition_n: Tensor
+    index_n: Tensor
+    n_total: int
+    time_n: Tensor | None = None
+    control: "Batch | None" = None
+    next: "Batch | None" = None
+
+    @property
+    def n_cells(self) -> int:
+        """Cells in this minibatch."""
+        return self.u_np.shape[0]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same minibatch on another device."""
+        moved = [f.to(device) if isinstance(f, (Tensor, Batch)) else f for f in self]
+        return Batch(*moved)
+
+
+class Dims(NamedTuple):
+    """Sizes of a screen, which models and guides take as plain keyword arguments.
+
+    Attributes:
+        n_cells: Cells that are fitted.
+        n_genes: Genes.
+        n_targets: Perturbation targets, the columns of the design.
+        n_batches: Columns of the one-hot batch and covariate matrix.
+        target_cells: For each target, the sum of its squared design over the fitted cells: with 0/1
+            designs, the number of cells it perturbs.
+    """
+
+    n_cells: int
+    n_genes: int
+    n_targets: int
+    n_batches: int
+    target_cells: tuple[float, ...]

@@ -1,0 +1,26 @@
+"""From an AnnData to the tensors of a minibatch: the screen, its splits, its minibatches."""
+
+from pyro_causalcell.data.minibatches import Minibatches
+from pyro_causalcell.data.screen import Screen, read
+from pyro_causalcell.data.spec import ScreenSpec
+from pyro_causalcell.data.splits import (
+    Split,
+    held_out_batches,
+    held_out_combinations,
+    held_out_guides,
+    held_out_perturbations,
+    random_cells,
+)
+
+__all__ = [
+    "Minibatches",
+    "Screen",
+    "ScreenSpec",
+    "Split",
+    "held_out_batches",
+    "held_out_combinations",
+    "held_out_guides",
+    "held_out_perturbations",
+    "random_cells",
+    "read",
+]

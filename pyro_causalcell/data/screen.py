@@ -1,0 +1,529 @@
+"""The screen: an AnnData and the names of its columns, checked once and never changed."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+
+from pyro_causalcell.batch import Dims
+from pyro_causalcell.data.matrix import Matrix, Scan, looks_like_counts
+from pyro_causalcell.data.spec import CONTROL, ScreenSpec, shown
+from pyro_causalcell.errors import DataError
+
+__all__ = ["Screen", "read"]
+
+
+class Screen:
+    """An AnnData of a perturbation screen, with the names of its columns, validated once.
+
+    The AnnData may be dense, sparse or backed, and is never changed. x stays as it is stored; rows are
+    made dense when they are asked for.
+
+    Args:
+        adata: Cells × genes.
+        perturbation: obs column with the perturbation of each cell, such as ``"A"`` or ``"A+B"``.
+        control: How control cells are named in that column: one spelling or several; None for a screen
+            without control cells.
+        layer: Layer that holds x; None is ``adata.X``.
+        batch: obs column or columns of batches and other categorical covariates.
+        time: obs column of times (a number per cell).
+        dose: obs column of doses: a positive number per cell, or one per target joined by the separator
+            in the order of the targets. It takes the place of 1 in the design.
+        library: obs column of total counts; None sums x over genes.
+        guide: obs column of guides, for splits by guide.
+        embeddings: Table with one row per target (index: target names), for models that take
+            descriptions of perturbations.
+        gene_symbols: var column of gene names; None is ``adata.var_names``.
+        separator: What joins the targets of a combination. Their order is free.
+        min_cells: Cells each condition must have.
+        allow_empty: Accept cells and genes with zeros only. A cell without counts then has a library
+            of 1, so that its expected counts stay positive.
+
+    Attributes:
+        adata: The AnnData.
+        conditions: Canonical names of the conditions: ``"control"`` first, then sorted.
+        targets: Perturbation targets, sorted: the columns of the design.
+        genes: Gene names: the columns of x.
+        batch_names: ``"column=value"``: the columns of ``batch_nb``.
+        condition_n: int64 [n], index into ``conditions``; -1 for a condition marked as unknown.
+        library_n: float32 [n], total counts.
+        batch_nb: float32 [n, b], one-hot batch and covariate columns side by side.
+        time_n: float32 [n], or None.
+        guide_n: Text [n], or None.
+        embedding_pe: float32 [p, e], or None.
+        is_counts: Whether x holds non-negative integers only.
+        max_value: Largest value of x.
+
+    Raises:
+        DataError: A column is missing or has missing values, there are no control cells or no perturbed
+            cells, a condition has too few cells, x is not finite, cells or genes have zeros only, or
+            names repeat. The message names the fix.
+    """
+
+    def __init__(
+        self,
+        adata: ad.AnnData,
+        perturbation: str = "target",
+        control: str | Sequence[str] | None = "non-targeting",
+        *,
+        layer: str | None = None,
+        batch: str | Sequence[str] | None = None,
+        time: str | None = None,
+        dose: str | None = None,
+        library: str | None = None,
+        guide: str | None = None,
+        embeddings: pd.DataFrame | None = None,
+        gene_symbols: str | None = None,
+        separator: str = "+",
+        min_cells: int = 1,
+        allow_empty: bool = False,
+    ) -> None:
+        if not separator:
+            raise DataError("expected a separator of at least one character, found ''; pass separator='+'")
+        settings = ScreenSpec(
+            perturbation=perturbation,
+            control=_listed(control),
+            separator=separator,
+            layer=layer,
+            batch=_listed(batch),
+            time=time,
+            dose=dose,
+            library=library,
+            guide=guide,
+            gene_symbols=gene_symbols,
+            min_cells=min_cells,
+            allow_empty=allow_empty,
+        )
+        _check_names(adata, gene_symbols)
+        spec = _learn_names(settings, adata)
+        self._load(spec, adata, unknown="error")
+        self.guide_n = None if guide is None else np.array(_text(adata, guide, "guide"), dtype=str)
+        if not allow_empty:
+            _check_empty_genes(self._scan.seen_g, self._matrix.where)
+        self.embedding_pe = None if embeddings is None else _embedding(embeddings, self.targets)
+
+    @classmethod
+    def from_spec(
+        cls, spec: ScreenSpec, adata: ad.AnnData, *, unknown: Literal["error", "mark"] = "error"
+    ) -> "Screen":
+        """Other cells seen through the settings and names of a fitted screen.
+
+        Genes are put in the fitted order by name; the design and the batch columns have the fitted
+        width. An unseen combination of known targets is appended to ``conditions``. Neither control
+        cells nor ``min_cells`` nor guides are asked for, and genes may be zero in all of these cells.
+
+        Args:
+            spec: What ``describe()`` of the fitted screen gave.
+            adata: Cells to look at.
+            unknown: What to do with cells of unknown targets: ``"error"``, or ``"mark"`` them with
+                ``condition_n`` -1 and a zero design.
+
+        Raises:
+            DataError: A fitted gene is missing, a target or batch is unknown, or as for ``Screen``.
+        """
+        _check_names(adata, spec.gene_symbols)
+        screen = cls.__new__(cls)
+        screen._load(spec, adata, unknown)
+        screen.guide_n = None
+        screen.embedding_pe = None
+        return screen
+
+    def _load(self, spec: ScreenSpec, adata: ad.AnnData, unknown: Literal["error", "mark"]) -> None:
+        """Fills the arrays of the cells of adata, with the names of spec."""
+        self.adata = adata
+        self.targets, self.genes, self.batch_names = spec.targets, spec.genes, spec.batch_names
+        labels = _text(adata, spec.perturbation, "perturbation")
+        code_n, names = pd.factorize(labels)
+        known = _known_labels(spec, list(names), unknown)
+        self.conditions = spec.conditions + sorted({c for c in known if c} - set(spec.conditions))
+        index = {c: i for i, c in enumerate(self.conditions)}
+        self.condition_n = np.array([index[c] if c else -1 for c in known], dtype=np.int64)[code_n]
+        self._u_dp, self._design_n = _designs(spec, adata, labels, self.condition_n >= 0)
+        self.batch_nb = _one_hot(spec, adata)
+        self.time_n = None if spec.time is None else _numbers(adata, spec.time, "time").astype(np.float32)
+        self._matrix = _matrix(spec, adata)
+        self._scan = self._matrix.scan(adata.obs_names.to_numpy(), self.genes)
+        if not spec.allow_empty:
+            _check_empty_cells(self._scan.empty_n, self._matrix.where)
+        self.library_n = _library(spec, adata, self._scan)
+        self.is_counts = self._scan.is_counts
+        self.max_value = self._scan.max_value
+        cells = np.bincount(self.condition_n[self.condition_n >= 0], minlength=len(self.conditions))
+        self._spec = dataclasses.replace(
+            spec,
+            conditions=self.conditions,
+            is_counts=self.is_counts,
+            condition_cells=dict(zip(self.conditions, cells.tolist(), strict=True)),
+        )
+
+    def __repr__(self) -> str:
+        what = "counts" if self.is_counts else "normalised values"
+        return (
+            f"Screen({self.n_cells} cells x {self.n_genes} genes of {what}; "
+            f"{len(self.conditions)} conditions, {len(self.targets)} targets, "
+            f"{len(self.batch_names)} batch columns)"
+        )
+
+    @property
+    def n_cells(self) -> int:
+        """Cells."""
+        return int(self._matrix.shape[0])
+
+    @property
+    def n_genes(self) -> int:
+        """Genes."""
+        return int(self._matrix.shape[1])
+
+    @property
+    def u_np(self) -> np.ndarray:
+        """float32 [n, p]: the design of every cell, 1 or the dose for each target, zeros for control."""
+        return self.u(np.arange(self.n_cells))
+
+    def u(self, rows: np.ndarray) -> np.ndarray:
+        """The design of some cells, float32 [len(rows), p]."""
+        u_np: np.ndarray = self._u_dp[self._design_n[rows]]
+        return u_np
+
+    @property
+    def designs(self) -> tuple[np.ndarray, np.ndarray]:
+        """The distinct rows of the design, float32 [d, p], and which of them each cell has, int64 [n]."""
+        return self._u_dp, self._design_n
+
+    def x(self, rows: np.ndarray) -> np.ndarray:
+        """Values of some cells, float32 [len(rows), g], dense, in the order of rows."""
+        return self._matrix.dense(np.asarray(rows, dtype=np.int64))
+
+    def canonical(self, condition: str) -> str:
+        """The one name of a condition, as ``ScreenSpec.canonical``."""
+        return self._spec.canonical(condition)
+
+    def design(self, conditions: Sequence[str]) -> np.ndarray:
+        """The design of conditions, float32 [c, p], as ``ScreenSpec.design``."""
+        return self._spec.design(conditions)
+
+    def dims(self, rows: np.ndarray | None = None) -> Dims:
+        """Sizes, for models and guides.
+
+        Args:
+            rows: The cells that are fitted; None is all.
+        """
+        design_n = self._design_n if rows is None else self._design_n[rows]
+        cells_d = np.bincount(design_n, minlength=len(self._u_dp)).astype(np.float64)
+        target_cells = cells_d @ self._u_dp.astype(np.float64) ** 2
+        return Dims(
+            n_cells=len(design_n),
+            n_genes=self.n_genes,
+            n_targets=len(self.targets),
+            n_batches=len(self.batch_names),
+            target_cells=tuple(target_cells.tolist()),
+        )
+
+    def describe(self) -> ScreenSpec:
+        """Settings, names and sizes, without the cells."""
+        return self._spec
+
+    def counts_hint(self) -> str | None:
+        """Where counts seem to be: ``"X"``, a layer's name, ``"adata.raw"``, or None."""
+        places: dict[str, Any] = {"X": self.adata.X, **self.adata.layers}
+        if self.adata.raw is not None:
+            places["adata.raw"] = self.adata.raw.X
+        hits = [name for name, values in places.items() if values is not None and looks_like_counts(values)]
+        return hits[0] if hits else None
+
+    def require_counts(self) -> None:
+        """Checks that x holds non-negative integers, as count likelihoods need.
+
+        Raises:
+            DataError: It does not; the message names a layer that looks like counts.
+        """
+        if self.is_counts:
+            return
+        hint = self.counts_hint()
+        fixes = {
+            None: "no layer looks like counts",
+            "X": "adata.X looks like counts: pass layer=None",
+            "adata.raw": "adata.raw looks like counts: use adata.raw.to_adata()",
+        }
+        fix = fixes.get(hint, f"layers[{hint!r}] looks like counts: pass layer={hint!r}")
+        raise DataError(
+            f"a count likelihood needs non-negative integers; {self._matrix.where} holds "
+            f"{self._scan.odd_value:g}. {fix}, or use the Gaussian likelihood for normalised values"
+        )
+
+    def require_normalised(self) -> None:
+        """Checks that x does not look like raw counts, as the Gaussian likelihood needs.
+
+        Raises:
+            DataError: All values are non-negative integers.
+        """
+        if self.is_counts:
+            raise DataError(
+                f"the Gaussian likelihood needs normalised values; {self._matrix.where} holds integers "
+                f"only, up to {self.max_value:g}. Put normalised values in a layer "
+                "(scanpy.pp.normalize_total, then scanpy.pp.log1p) and pass layer=, or use a count likelihood"
+            )
+
+
+def read(path: str | Path, backed: bool = False) -> ad.AnnData:
+    """Reads an h5ad file.
+
+    Args:
+        path: The file.
+        backed: Leave X on disk and read its rows when they are needed.
+
+    Raises:
+        DataError: The file is missing, cut short, or not an h5ad file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"expected an h5ad file at {path}, found none; check the path")
+    try:
+        with h5py.File(path, "r") as file:
+            missing = {"obs", "var"} - set(file)
+    except OSError as error:
+        raise DataError(
+            f"expected an h5ad file, found {path} that HDF5 cannot open: it is cut short or of another "
+            f"format ({error}); fetch or write it again"
+        ) from error
+    if missing:
+        raise DataError(f"expected an h5ad file with obs and var, found {path} without {sorted(missing)}")
+    try:
+        return ad.read_h5ad(path, backed="r" if backed else None)
+    except Exception as error:  # anndata and h5py raise many kinds here; all mean the file cannot be used
+        raise DataError(
+            f"{path} opens as HDF5, but anndata cannot read it: {error}; write it again"
+        ) from error
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    if names is None:
+        return []
+    return [names] if isinstance(names, str) else [str(name) for name in names]
+
+
+def _check_names(adata: ad.AnnData, gene_symbols: str | None) -> None:
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        raise DataError(f"expected cells and genes, found an AnnData of {adata.n_obs} x {adata.n_vars}")
+    fixes = {"cell": "adata.obs_names_make_unique()", "gene": "adata.var_names_make_unique()"}
+    if gene_symbols is not None:
+        fixes["gene"] = "gene_symbols=None, or make that column unique"
+    for kind, names in (("cell", adata.obs_names), ("gene", pd.Index(_gene_names(adata, gene_symbols)))):
+        repeated = names[names.duplicated()].unique()
+        if len(repeated):
+            raise DataError(
+                f"expected unique {kind} names, found {len(repeated)} that repeat: "
+                f"{shown(list(repeated), 5)}; use {fixes[kind]}"
+            )
+
+
+def _gene_names(adata: ad.AnnData, gene_symbols: str | None) -> list[str]:
+    if gene_symbols is None:
+        return [str(name) for name in adata.var_names]
+    if gene_symbols not in adata.var:
+        raise DataError(
+            f"var[{gene_symbols!r}] not found; columns are {list(adata.var.columns)}. Pass gene_symbols="
+        )
+    return [str(name) for name in adata.var[gene_symbols]]
+
+
+def _column(adata: ad.AnnData, name: str, argument: str) -> pd.Series:
+    if name not in adata.obs:
+        raise DataError(f"obs[{name!r}] not found; columns are {list(adata.obs.columns)}. Pass {argument}=")
+    return adata.obs[name]
+
+
+def _text(adata: ad.AnnData, name: str, argument: str) -> np.ndarray:
+    """An obs column as text [n], without missing values."""
+    column = _column(adata, name, argument)
+    missing = int(column.isna().sum())
+    if missing:
+        raise DataError(
+            f"expected a value in obs[{name!r}] for every cell, found {missing} missing of {len(column)}; "
+            f"fill them or remove the cells: adata[adata.obs[{name!r}].notna()]"
+        )
+    return np.asarray(column.astype(str), dtype=object)
+
+
+def _numbers(adata: ad.AnnData, name: str, argument: str) -> np.ndarray:
+    """An obs column as float64 [n], all finite."""
+    column = _column(adata, name, argument)
+    values = np.asarray(pd.to_numeric(column.astype(object), errors="coerce"), dtype=np.float64)
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise DataError(
+            f"expected a finite number in obs[{name!r}] for every cell ({argument}=), found "
+            f"{int(bad.sum())} others, such as {column[bad].iloc[0]!r}; convert the column to numbers"
+        )
+    return values
+
+
+def _learn_names(settings: ScreenSpec, adata: ad.AnnData) -> ScreenSpec:
+    """The settings with the names found in adata, after checks that need no look at x."""
+    labels = pd.Series(_text(adata, settings.perturbation, "perturbation"))
+    cells = labels.value_counts()
+    by_condition = cells.groupby([settings.canonical(label) for label in cells.index]).sum()
+    if settings.control and CONTROL not in by_condition.index:
+        frequent = [f"{label} ({n} cells)" for label, n in cells.head(10).items()]
+        raise DataError(
+            f"no control cells: no value of obs[{settings.perturbation!r}] is one of {settings.control}; "
+            f"the most frequent values are {shown(frequent)}. Pass control="
+        )
+    targets = sorted({target for label in cells.index for target in settings.split(label)})
+    if not targets:
+        raise DataError(
+            f"no perturbed cells: every value of obs[{settings.perturbation!r}] is a spelling of control"
+        )
+    few = by_condition[by_condition < settings.min_cells]
+    if len(few):
+        listed = shown([f"{condition} ({n})" for condition, n in few.items()])
+        raise DataError(
+            f"expected at least {settings.min_cells} cells in each condition (min_cells=), found fewer in "
+            f"{len(few)}: {listed}; remove those cells or lower min_cells"
+        )
+    return dataclasses.replace(
+        settings,
+        conditions=[CONTROL, *sorted(c for c in by_condition.index if c != CONTROL)],
+        targets=targets,
+        genes=_gene_names(adata, settings.gene_symbols),
+        batch_names=[
+            f"{name}={value}" for name in settings.batch for value in sorted(set(_text(adata, name, "batch")))
+        ],
+    )
+
+
+def _known_labels(spec: ScreenSpec, labels: list[str], unknown: str) -> list[str | None]:
+    """The canonical condition of each label, None for those with unknown targets."""
+    targets = set(spec.targets)
+    strange = {label for label in labels if not set(spec.split(label)) <= targets}
+    if strange and unknown == "error":
+        raise DataError(
+            f"obs[{spec.perturbation!r}] has {len(strange)} conditions with targets that were not fitted: "
+            f"{shown(sorted(strange))}; the targets are {shown(spec.targets)}. Remove those cells, "
+            "or pass unknown='mark'"
+        )
+    return [None if label in strange else spec.canonical(label) for label in labels]
+
+
+def _designs(
+    spec: ScreenSpec, adata: ad.AnnData, labels: np.ndarray, known_n: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct design rows [d, p], and the row of each cell [n]."""
+    dose = 1.0 if spec.dose is None else _column(adata, spec.dose, "dose").to_numpy(dtype=object)
+    frame = pd.DataFrame({"label": labels, "dose": dose, "known": known_n})
+    design_n = frame.groupby(["label", "dose"], sort=False, dropna=False).ngroup().to_numpy(dtype=np.int64)
+    first = frame.iloc[np.unique(design_n, return_index=True)[1]]
+    u_dp = np.zeros((len(first), len(spec.targets)), dtype=np.float32)
+    column = {target: i for i, target in enumerate(spec.targets)}
+    for d, (label, value, known) in enumerate(first.itertuples(index=False)):
+        if known and spec.split(label):
+            for target, amount in _amounts(spec, label, value).items():
+                u_dp[d, column[target]] = amount
+    return u_dp, design_n
+
+
+def _amounts(spec: ScreenSpec, label: str, dose: Any) -> dict[str, float]:
+    """The dose of each target of a condition: one number for all, or one for each in the order written."""
+    targets = spec.split(label)
+    if spec.dose is None:
+        return dict.fromkeys(targets, 1.0)
+    parts = dose.split(spec.separator) if isinstance(dose, str) else [dose]
+    try:
+        amounts = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        amounts = []
+    if len(amounts) == 1:
+        amounts = amounts * len(targets)
+    if len(amounts) != len(targets) or not all(np.isfinite(a) and a > 0 for a in amounts):
+        raise DataError(
+            f"expected in obs[{spec.dose!r}] (dose=) one positive number, or one for each target joined by "
+            f"{spec.separator!r}; found {dose!r} for condition {label!r}. Doses multiply effects, so give "
+            "them on a scale where zero is no treatment, and label untreated cells as control"
+        )
+    return dict(zip(targets, amounts, strict=True))
+
+
+def _one_hot(spec: ScreenSpec, adata: ad.AnnData) -> np.ndarray:
+    """Batch columns, float32 [n, b]."""
+    batch_nb = np.zeros((adata.n_obs, len(spec.batch_names)), dtype=np.float32)
+    index = pd.Index(spec.batch_names)
+    for name in spec.batch:
+        codes = index.get_indexer([f"{name}={value}" for value in _text(adata, name, "batch")])
+        if (codes < 0).any():
+            strange = sorted(set(adata.obs[name][codes < 0].astype(str)))
+            known = [b.removeprefix(f"{name}=") for b in spec.batch_names if b.startswith(f"{name}=")]
+            raise DataError(
+                f"obs[{name!r}] has values that were not fitted: {shown(strange)}; the fitted ones are "
+                f"{shown(known)}. Remove those cells, or give them the fitted batch they resemble"
+            )
+        batch_nb[np.arange(adata.n_obs), codes] = 1.0
+    return batch_nb
+
+
+def _matrix(spec: ScreenSpec, adata: ad.AnnData) -> Matrix:
+    """Values of the fitted genes in their order."""
+    if spec.layer is not None and spec.layer not in adata.layers:
+        raise DataError(f"layers[{spec.layer!r}] not found; layers are {list(adata.layers)}. Pass layer=")
+    where = "adata.X" if spec.layer is None else f"layers[{spec.layer!r}]"
+    values = adata.X if spec.layer is None else adata.layers[spec.layer]
+    if values is None:
+        raise DataError(f"adata.X is empty; layers are {list(adata.layers)}. Pass layer=")
+    names = _gene_names(adata, spec.gene_symbols)
+    if names == spec.genes:
+        return Matrix(values, None, where)
+    columns = pd.Index(names).get_indexer(pd.Index(spec.genes))
+    missing = [gene for gene, column in zip(spec.genes, columns, strict=True) if column < 0]
+    if missing:
+        raise DataError(
+            f"expected the {len(spec.genes)} fitted genes, found {len(missing)} missing: {shown(missing)}; "
+            "give the cells with all genes, named as in the fitted screen (gene_symbols= was "
+            f"{spec.gene_symbols!r})"
+        )
+    return Matrix(values, columns, where)
+
+
+def _library(spec: ScreenSpec, adata: ad.AnnData, scan: Scan) -> np.ndarray:
+    """Total counts, float32 [n]."""
+    if spec.library is None:
+        return np.where(scan.empty_n, 1.0, scan.totals_n).astype(np.float32)
+    library_n = _numbers(adata, spec.library, "library")
+    bad = int((library_n <= 0).sum())
+    if bad:
+        raise DataError(
+            f"expected positive totals in obs[{spec.library!r}] (library=), found {bad} cells at or below 0"
+        )
+    return library_n.astype(np.float32)
+
+
+def _check_empty_cells(empty_n: np.ndarray, where: str) -> None:
+    if empty_n.any():
+        raise DataError(
+            f"{int(empty_n.sum())} of {len(empty_n)} cells have zeros only in {where}; remove them "
+            "(scanpy.pp.filter_cells(adata, min_counts=1)) or pass allow_empty=True"
+        )
+
+
+def _check_empty_genes(seen_g: np.ndarray, where: str) -> None:
+    if not seen_g.all():
+        raise DataError(
+            f"{int((~seen_g).sum())} of {len(seen_g)} genes are zero in every cell of {where}; remove them "
+            "(scanpy.pp.filter_genes(adata, min_cells=1)) or pass allow_empty=True"
+        )
+
+
+def _embedding(table: pd.DataFrame, targets: list[str]) -> np.ndarray:
+    """Rows of a table in the order of targets, float32 [p, e]."""
+    missing = [target for target in targets if target not in table.index]
+    if missing:
+        raise DataError(
+            f"expected a row of embeddings for each target, found none for {len(missing)}: {shown(missing)}; "
+            "the index must hold target names"
+        )
+    embedding_pe = np.asarray(table.loc[targets], dtype=np.float32)
+    if not np.isfinite(embedding_pe).all():
+        raise DataError("expected finite embeddings, found NaN or infinity; fill them")
+    return embedding_pe

@@ -1,0 +1,226 @@
+"""Distributions the generative processes are written with."""
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints, register_kl
+from torch.distributions.utils import broadcast_all
+
+__all__ = ["Gate", "GatedNormal", "MeanFieldGate", "NegativeBinomial", "UncertainMeanNormal"]
+
+TABLE_ROWS = 512
+"""Largest count looked up in a table; larger ones (rare in single cells) are evaluated one by one."""
+
+
+class NegativeBinomial(dist.TorchDistribution):
+    r"""Negative binomial with a mean and an inverse dispersion.
+
+    .. math:: \mathrm{Var}(x) = m + m^2 / \theta
+
+    Two forms of the log-probability, equal up to rounding, are chosen by the shape of the inverse
+    dispersion. One value per gene: the terms that depend on x and θ alone come from tables over counts,
+    T[j, g] = Σ_{i<j} log(θ_g + i), which cost a fraction of ``lgamma`` and are not repeated over
+    particles. Any other shape: ``lgamma``.
+
+    Args:
+        mean: Mean, any shape. Give either ``mean`` or ``log_mean``.
+        inverse_dispersion: θ > 0, shape g or any shape that broadcasts with the mean.
+        log_mean: Logarithm of the mean; safe where the mean underflows.
+    """
+
+    arg_constraints = {"inverse_dispersion": constraints.positive}
+    support = constraints.nonnegative_integer
+
+    def __init__(
+        self,
+        mean: Tensor | None = None,
+        inverse_dispersion: Tensor | None = None,
+        *,
+        log_mean: Tensor | None = None,
+        validate_args: bool | None = None,
+    ):
+        if (mean is None) == (log_mean is None) or inverse_dispersion is None:
+            raise ValueError("give inverse_dispersion and exactly one of mean and log_mean")
+        self.log_mean: Tensor = mean.log() if log_mean is None else log_mean  # type: ignore[union-attr]
+        self.inverse_dispersion = inverse_dispersion
+        shape = torch.broadcast_shapes(self.log_mean.shape, inverse_dispersion.shape)
+        super().__init__(shape, validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, shape of the distribution."""
+        return self.log_mean.exp().expand(self.batch_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance m + m²/θ."""
+        return self.mean + self.mean**2 / self.inverse_dispersion
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "NegativeBinomial":
+        """Expand the mean only, so that per-gene tables stay per gene."""
+        log_mean = self.log_mean.expand(batch_shape)
+        return NegativeBinomial(
+            inverse_dispersion=self.inverse_dispersion, log_mean=log_mean, validate_args=False
+        )
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Counts: a Gamma rate, then a Poisson count."""
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            theta = self.inverse_dispersion.expand(shape)
+            rate = torch._standard_gamma(theta) * (self.mean / self.inverse_dispersion).expand(shape)
+            return torch.poisson(rate)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log NB(value; mean, θ), shape of the distribution."""
+        if self._validate_args:
+            self._validate_sample(value)
+        theta, log_mean = self.inverse_dispersion, self.log_mean
+        log_total = torch.logaddexp(theta.log(), log_mean)
+        counts = self._log_count_terms(value, theta)
+        return counts + theta * theta.log() + value * log_mean - (value + theta) * log_total
+
+    def _log_count_terms(self, x: Tensor, theta: Tensor) -> Tensor:
+        """log Γ(x + θ) − log Γ(θ) − log x!, at the shape of x, not of the particles."""
+        if theta.dim() == 1 and x.dim() and x.shape[-1] == theta.shape[0]:
+            return _TableTerms.apply(x, theta)  # type: ignore[no-any-return]
+        return torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+
+
+class _TableTerms(torch.autograd.Function):
+    """log Γ(x_ng + θ_g) − log Γ(θ_g) − log x_ng! by tables over counts; gradient in θ alone."""
+
+    @staticmethod
+    def forward(ctx, x_ng: Tensor, theta_g: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        rows = int(min(x_ng.max().item(), TABLE_ROWS)) + 1
+        j_j1 = torch.arange(rows, device=x_ng.device, dtype=theta_g.dtype).unsqueeze(1)
+        steps_jg = theta_g + j_j1
+        value_jg = torch.zeros(rows, theta_g.shape[0], device=x_ng.device, dtype=theta_g.dtype)
+        slope_jg = torch.zeros_like(value_jg)
+        torch.cumsum((steps_jg / (j_j1 + 1)).log()[:-1], 0, out=value_jg[1:])
+        torch.cumsum(steps_jg.reciprocal()[:-1], 0, out=slope_jg[1:])
+        index_ng = x_ng.clamp(max=rows - 1).long().reshape(-1, theta_g.shape[0])
+        terms_ng = value_jg.gather(0, index_ng)
+        slope_ng = slope_jg.gather(0, index_ng)
+        flat_ng = x_ng.reshape(index_ng.shape)
+        big = (flat_ng > rows - 1).nonzero(as_tuple=True)
+        if big[0].numel():
+            x, theta = flat_ng[big], theta_g[big[1]]
+            terms_ng[big] = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+            slope_ng[big] = torch.digamma(x + theta) - torch.digamma(theta)
+        ctx.save_for_backward(slope_ng)
+        return terms_ng.reshape(x_ng.shape)
+
+    @staticmethod
+    def backward(ctx, grad_ng: Tensor) -> tuple[None, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        (slope_ng,) = ctx.saved_tensors
+        return None, (grad_ng.reshape(slope_ng.shape) * slope_ng).sum(0)
+
+
+class Gate(dist.Bernoulli):
+    """A Bernoulli that also scores its mean-field probability: log_prob is linear on [0, 1]."""
+
+    support = constraints.unit_interval
+
+
+class MeanFieldGate(Gate):
+    """A Gate whose draw is its probability: exact, and differentiable, under terms that integrate it out."""
+
+    has_rsample = True
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """The probability, expanded."""
+        return self.probs.expand(self._extended_shape(sample_shape))
+
+
+class GatedNormal(dist.Normal):
+    """The slab of a spike and slab: a Normal that counts only as far as its gate is open.
+
+    log p(value) = gate · log Normal(value; loc, scale). With binary gates, a closed gate leaves the value
+    free and unscored; with mean-field probabilities it is the expectation over the gate.
+
+    Args:
+        gate: In [0, 1], any shape.
+        loc: Mean, same shape or broadcast.
+        scale: Standard deviation, same shape or broadcast.
+    """
+
+    arg_constraints = {
+        "gate": constraints.unit_interval,
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+
+    def __init__(
+        self, gate: Tensor, loc: Tensor | float, scale: Tensor | float, validate_args: bool | None = None
+    ):
+        self.gate, loc, scale = broadcast_all(gate, loc, scale)
+        super().__init__(loc, scale, validate_args=validate_args)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "GatedNormal":
+        """Expand all three arguments."""
+        args = (a.expand(batch_shape) for a in (self.gate, self.loc, self.scale))
+        return GatedNormal(*args, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Gate times the Normal log-probability."""
+        return self.gate * super().log_prob(value)
+
+
+class UncertainMeanNormal(dist.TorchDistribution):
+    """E over the mean of Normal(mean, 1), where the mean has expectation ``loc`` and variance ``loc_var``.
+
+    log p(z) = log Normal(z; loc, 1) − loc_var / 2, exactly. With gates at their mean-field probabilities
+    this integrates them out; with binary gates ``loc_var`` is 0 and it is a plain Normal.
+
+    Args:
+        loc: Expected mean, any shape.
+        loc_var: Variance of the mean, same shape or broadcast.
+    """
+
+    arg_constraints = {"loc": constraints.real, "loc_var": constraints.nonnegative}
+    support = constraints.real
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, loc_var: Tensor, validate_args: bool | None = None):
+        self.loc, self.loc_var = torch.broadcast_tensors(loc, loc_var)
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected mean."""
+        return self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        """One: the variance of the mean scores, it does not spread the draws."""
+        return torch.ones_like(self.loc)
+
+    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "UncertainMeanNormal":
+        """Expand both arguments."""
+        return UncertainMeanNormal(self.loc.expand(batch_shape), self.loc_var.expand(batch_shape), False)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Normal(loc, 1)."""
+        return self.loc + torch.randn(self._extended_shape(sample_shape), device=self.loc.device)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log Normal(value; loc, 1) − loc_var / 2."""
+        return dist.Normal(self.loc, 1.0, validate_args=False).log_prob(value) - self.loc_var / 2
+
+
+@register_kl(dist.Normal, UncertainMeanNormal)
+def _kl_uncertain_mean(q: dist.Normal, p: UncertainMeanNormal) -> Tensor:
+    return (q.scale**2 + (q.loc - p.loc) ** 2 + p.loc_var - 1) / 2 - q.scale.log()
+
+
+@register_kl(GatedNormal, GatedNormal)
+def _kl_gated(q: GatedNormal, p: GatedNormal) -> Tensor:
+    return q.gate * torch.distributions.kl_divergence(
+        dist.Normal(q.loc, q.scale, validate_args=False), dist.Normal(p.loc, p.scale, validate_args=False)
+    )
+
+
+@register_kl(Gate, Gate)
+def _kl_gate(q: Gate, p: Gate) -> Tensor:
+    return torch.distributions.kl._kl_bernoulli_bernoulli(q, p)

@@ -1,0 +1,533 @@
+"""``fit``: train a pair by stochastic variational inference."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_causalcell.batch import Batch, Dims
+from pyro_causalcell.data import Minibatches, Screen, Split, random_cells
+from pyro_causalcell.errors import CheckpointError, PairError, TrainingError
+from pyro_causalcell.inference.elbo import SiteWeights, elbo_terms
+from pyro_causalcell.inference.fitted import CellSummary, Fit, atomic_torch_save, load_tensors, settings_hash
+from pyro_causalcell.inference.pair import Pair, Source, build_pair, check_pair
+from pyro_causalcell.inference.posterior import encode
+from pyro_causalcell.inference.warm_start import can_rotate, sparse_rotation
+
+__all__ = ["fit", "pick_device"]
+
+CHECK_EVERY = 100
+"""Steps between two looks at the losses: more often would make a GPU wait."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of one training run; see :func:`fit`."""
+
+    epochs: int | None = None
+    max_epochs: int = 400
+    patience: int = 15
+    warm_start: int = 40
+    batch_size: int = 256
+    lr: float = 2e-3
+    lr_drops: int = 2
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = 100.0
+    weights: dict[str, float] = field(default_factory=dict)
+    warmup: dict[str, int] = field(default_factory=dict)
+    elbo: str | None = None
+    memory_budget_gb: float = 4.0
+
+
+@dataclass
+class Progress:
+    """Where training stands. All of it is in the checkpoint."""
+
+    epoch: int = 0
+    stage: str = "warm start"
+    stage_start: int = 0
+    lr: float = 0.0
+    drops: int = 0
+    best_loss: float = math.inf
+    best_epoch: int = -1
+    done: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fit(
+    model: Source,
+    guide: Source | None,
+    screen: Screen,
+    *,
+    split: Split | None = None,
+    epochs: int | None = None,
+    max_epochs: int = 400,
+    patience: int = 15,
+    warm_start: int | None = None,
+    batch_size: int = 256,
+    lr: float = 2e-3,
+    lr_drops: int = 2,
+    adam_eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip: float | None = 100.0,
+    weights: Mapping[str, float] | None = None,
+    warmup: Mapping[str, int] | None = None,
+    elbo: ELBO | None = None,
+    memory_budget_gb: float = 4.0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = 1,
+    progress: bool = True,
+    **settings: Any,
+) -> Fit:
+    """Train a model and its guide on a screen.
+
+    Training minimises the negative ELBO in nats per cell with Adam. The validation ELBO is measured
+    after every epoch under the same draws. When it has not improved for ``patience`` epochs, the best
+    weights return and the learning rate drops to a tenth, ``lr_drops`` times; then training ends with the
+    best weights.
+
+    Args:
+        model: Name (``"sparse-shift"``), ``"file.py:Class"``, class, or instance.
+        guide: Likewise; None takes the guide of the model's name.
+        screen: The cells.
+        split: Which cells train and validate; by default a tenth of each condition validates.
+        epochs: Train this many epochs, whatever the validation ELBO says (the best weights are kept).
+            None trains until the validation ELBO stops improving, ``max_epochs`` at most.
+        max_epochs: Upper limit when ``epochs`` is None.
+        patience: Epochs without a better validation ELBO before the learning rate drops.
+        warm_start: Epochs with all gates open before the latent axes are turned to make shifts sparse
+            (see ``sparse_rotation``); 0 turns it off. None: 40 for pairs that can be turned, but at most
+            four tenths of ``epochs``.
+        batch_size: Cells in a minibatch.
+        lr: Adam's learning rate.
+        lr_drops: How often the learning rate drops before training ends.
+        adam_eps, weight_decay: Of Adam.
+        clip: Largest gradient norm; None does not clip.
+        weights: Site name -> multiplier of its ELBO term, for example ``{"z": 8}`` for a β-VAE.
+        warmup: Site name -> epochs over which its multiplier grows from 0: KL and gate annealing.
+        elbo: Any Pyro ELBO (``TraceEnum_ELBO()``, ``RenyiELBO()``, ...) in place of the default engine.
+        memory_budget_gb: Memory the counts may take on the device; larger screens are read by rows.
+        out: Run folder. A checkpoint is written there after every epoch, the fit at the end.
+        resume: Go on from the checkpoint in ``out`` if there is one.
+        seed: Seed of split, initialisation, minibatches and draws.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
+        threads: CPU threads of torch while training; one is fastest for small nets. None leaves them.
+        progress: Show a progress bar.
+        **settings: Arguments of the model's and guide's constructors, such as ``n_latents=10``.
+
+    Returns:
+        The fit, in evaluation mode, with the weights of the best epoch.
+
+    Raises:
+        DataError: The screen does not hold what the model needs (counts, normalised values).
+        PairError: Model and guide do not fit each other.
+        TrainingError: A term is not finite; the last good checkpoint stays.
+        CheckpointError: ``resume`` meets a checkpoint of other settings, data or code.
+    """
+    _seed_all(seed)
+    split = random_cells(screen, seed=seed) if split is None else split
+    dims = screen.dims(split.train)
+    pair = build_pair(model, guide, dims, settings)
+    _check_needs(pair.model, screen)
+    training = Training(
+        epochs=epochs,
+        max_epochs=max_epochs,
+        patience=patience,
+        warm_start=_warm_epochs(warm_start, pair, epochs),
+        batch_size=batch_size,
+        lr=lr,
+        lr_drops=lr_drops,
+        adam_eps=adam_eps,
+        weight_decay=weight_decay,
+        clip=clip,
+        weights=dict(weights or {}),
+        warmup=dict(warmup or {}),
+        elbo=None if elbo is None else type(elbo).__name__,
+        memory_budget_gb=memory_budget_gb,
+    )
+    with _threads(threads):
+        trainer = Trainer(pair, dims, screen, split, training, seed, pick_device(device), elbo, out)
+        if resume:
+            trainer.resume()
+        trainer.run(progress)
+    return trainer.result()
+
+
+class Trainer:
+    """One training run: its state, its epochs, its checkpoints."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        dims: Dims,
+        screen: Screen,
+        split: Split,
+        training: Training,
+        seed: int,
+        device: torch.device,
+        elbo: ELBO | None,
+        out: str | Path | None,
+    ):
+        self.pair, self.dims, self.screen, self.split = pair, dims, screen, split
+        self.training, self.seed, self.device = training, seed, device
+        self.out = None if out is None else Path(out)
+        for module in (pair.model, pair.guide):
+            module.to(device)
+        memory = training.memory_budget_gb
+        self.batches = Minibatches(
+            screen, split.train, training.batch_size, seed=seed, device=device, memory_budget_gb=memory
+        )
+        self.validation = (
+            Minibatches(
+                screen, split.validation, 1024, shuffle=False, device=device, memory_budget_gb=memory
+            )
+            if len(split.validation)
+            else None
+        )
+        first = next(self.batches.epoch(0))
+        with _same_draws(seed, device):
+            check_pair(pair.model, pair.guide, first)
+            self.elbo = elbo or _needed_elbo(pair, first)
+        self.optimizer = torch.optim.Adam(
+            list(pair.parameters()),
+            lr=training.lr,
+            eps=training.adam_eps,
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+        self.progress = Progress(lr=training.lr)
+        self.best_state: dict[str, dict[str, Tensor]] = _copy(pair.state_dict())
+        if not training.warm_start:
+            self._start_stage("training")
+
+    # -------------------------------------------------------------- epochs
+
+    def run(self, show: bool) -> None:
+        """Train until done. Ctrl-C saves what is there and passes on."""
+        last = self.training.epochs or self.training.max_epochs
+        try:
+            with pyro.validation_enabled(False), tqdm(total=last, disable=not show, unit="epoch") as bar:
+                bar.update(self.progress.epoch)
+                while not self.progress.done:
+                    row = self._epoch()
+                    bar.update()
+                    bar.set_postfix({k: f"{row[k]:.2f}" for k in ("train_loss", "validation_loss")})
+        except KeyboardInterrupt:
+            if self.out is not None:
+                self.result().save(self.out)
+            raise
+        if self.out is not None:
+            self.result().save(self.out)
+
+    def _epoch(self) -> dict[str, Any]:
+        start, state = time.perf_counter(), self.progress
+        if state.stage == "warm start":
+            self._hold_gates(True)
+        terms = self._train_epoch()
+        row = {"epoch": state.epoch, "stage": state.stage, "train_loss": -sum(terms.values())}
+        row["validation_loss"] = math.nan if self.validation is None else self.validation_loss()
+        row |= {"lr": state.lr, "seconds": time.perf_counter() - start}
+        row |= {f"term_{name}": value for name, value in terms.items()}
+        state.history.append(row)
+        state.epoch += 1
+        self._schedule(row)
+        self.save_checkpoint()
+        return row
+
+    def _train_epoch(self) -> dict[str, float]:
+        """One pass over the training cells; returns each term in nats per cell."""
+        self.pair.train(True)
+        names: list[str] = []
+        kept: list[Tensor] = []
+        checked = 0
+        parameters = list(self.pair.parameters())
+        for step, batch in enumerate(self.batches.epoch(self.progress.epoch)):
+            weights = self._weights((step + 1) / len(self.batches))
+            terms = self._terms(batch, weights)
+            loss = -torch.stack(list(terms.values())).sum() / batch.n_total
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if self.training.clip is not None:
+                nn.utils.clip_grad_norm_(parameters, self.training.clip, foreach=True)
+            self.optimizer.step()
+            names = list(terms)
+            kept.append(torch.stack([t.detach() for t in terms.values()]) / batch.n_total)
+            if len(kept) - checked == CHECK_EVERY:
+                self._check_finite(names, kept, checked)
+                checked = len(kept)
+        self._check_finite(names, kept, checked)
+        means = torch.stack(kept).mean(0).tolist()
+        return dict(zip(names, means, strict=True))
+
+    def _terms(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        if self.elbo is None:
+            return elbo_terms(self.pair.model, self.pair.guide, batch, weights)
+        with SiteWeights(weights):
+            loss = self.elbo.differentiable_loss(self.pair.model, self.pair.guide, batch)
+        return {"elbo": -loss}
+
+    def validation_loss(self) -> float:
+        """Negative ELBO of the validation cells under fixed draws, in nats per cell.
+
+        Cells are weighted as if there were as many as training cells, so that the share of the global
+        terms is the training loss's.
+        """
+        assert self.validation is not None
+        self.pair.train(False)
+        total = torch.zeros((), device=self.device)
+        weights = self._weights(1.0)
+        with torch.no_grad(), _same_draws(self.seed, self.device):
+            for batch in self.validation:
+                scaled = batch._replace(n_total=self.dims.n_cells)
+                terms = self._terms(scaled, weights)
+                total += torch.stack(list(terms.values())).sum() * batch.n_cells
+        return -float(total) / len(self.split.validation) / self.dims.n_cells
+
+    def _check_finite(self, names: list[str], kept: list[Tensor], checked: int) -> None:
+        bad = ~torch.isfinite(torch.stack(kept[checked:]))
+        if not bool(bad.any()):
+            return
+        step = int(bad.any(1).nonzero()[0])
+        sites = [name for name, b in zip(names, bad[step].tolist(), strict=True) if b]
+        where = f"{self.out} holds the last good checkpoint" if self.out else "pass out= to keep checkpoints"
+        raise TrainingError(
+            f"the term of site {sites[0]!r} is not finite at epoch {self.progress.epoch}, batch "
+            f"{checked + step} (all bad sites: {sites}). Try a lower lr=, a smaller clip=, or look at the "
+            f"model's values there; {where}"
+        )
+
+    # ------------------------------------------------------------ schedule
+
+    def _weights(self, part: float) -> dict[str, float]:
+        """Multipliers of the sites' terms, ``part`` of the way through the epoch."""
+        weights = dict(self.training.weights)
+        age = self.progress.epoch - self.progress.stage_start + part
+        for name, epochs in self.training.warmup.items():
+            weights[name] = weights.get(name, 1.0) * min(1.0, age / epochs)
+        if self.progress.stage == "warm start":
+            weights |= dict.fromkeys(self.pair.guide.gate_sites, 0.0)  # type: ignore[union-attr,arg-type]
+        return weights
+
+    def _schedule(self, row: Mapping[str, Any]) -> None:
+        """Decide what comes after an epoch: go on, turn the axes, drop the learning rate, or end."""
+        state, training = self.progress, self.training
+        if state.stage == "warm start":
+            if state.epoch >= training.warm_start:
+                self._turn_axes()
+                self._start_stage("training")
+            return
+        loss = row["train_loss"] if self.validation is None else row["validation_loss"]
+        annealed = state.epoch - state.stage_start >= max(training.warmup.values(), default=0)
+        if annealed and loss < state.best_loss:
+            state.best_loss, state.best_epoch = loss, state.epoch
+            self.best_state = _copy(self.pair.state_dict())
+        if training.epochs is not None:
+            fraction = (state.epoch - state.stage_start) / max(1, training.epochs - state.stage_start)
+            due = sum(fraction >= 1 - 0.3 / 3**i for i in range(training.lr_drops))
+            state.done = state.epoch >= training.epochs
+        else:
+            stale = state.epoch - max(state.best_epoch, state.stage_start) >= training.patience
+            due = state.drops + (stale and annealed)
+            state.done = state.epoch >= training.max_epochs or due > training.lr_drops
+        if due > state.drops and not state.done:
+            state.drops, state.lr = due, training.lr * 0.1**due
+            if training.epochs is None:
+                self.pair.load_state_dict(self.best_state)
+                state.best_epoch = state.epoch
+            self._set_lr()
+
+    def _start_stage(self, stage: str) -> None:
+        state = self.progress
+        state.stage, state.stage_start, state.best_loss, state.best_epoch = stage, state.epoch, math.inf, -1
+        self.best_state = _copy(self.pair.state_dict())
+
+    def _hold_gates(self, held: bool) -> None:
+        self.pair.guide.hold_gates_open(held)  # type: ignore[operator,union-attr]
+
+    def _turn_axes(self) -> None:
+        """Turn the latent axes to make shifts sparse, and let the gates go."""
+        self.pair.train(False)
+        site = str(self.pair.guide.rotated_site)
+        ordered = Minibatches(self.screen, self.split.train, 4096, shuffle=False, device=self.device)
+        with _same_draws(self.seed, self.device):
+            loc_nk, scale_nk = encode(self.pair, ordered)[site]
+        u_np = torch.from_numpy(self.screen.u(self.split.train))
+        turn = sparse_rotation(loc_nk, u_np, variance_k=(scale_nk**2).mean(0), seed=self.seed)
+        turn = type(turn)(*(t.to(self.device) for t in turn))
+        self._hold_gates(False)
+        self.pair.model.rotate(turn.map_kk, turn.offset_k)  # type: ignore[operator,union-attr]
+        self.pair.guide.rotate(turn)  # type: ignore[operator,union-attr]
+        self.optimizer.state.clear()  # the moments belong to the old axes
+
+    def _set_lr(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.progress.lr
+
+    # ---------------------------------------------------------- checkpoints
+
+    def _hash(self) -> str:
+        training = {k: v for k, v in asdict(self.training).items() if k not in ("epochs", "max_epochs")}
+        chosen = {"training": training, "seed": self.seed, "settings": self._settings()}
+        rows = [self.split.train.tolist(), self.split.validation.tolist(), self.screen.describe().to_json()]
+        return settings_hash({**chosen, "cells": rows}, self.pair, self.dims)
+
+    def _settings(self) -> list[Any]:
+        return [self.pair.model_source, self.pair.model_settings, self.pair.guide_settings]
+
+    def save_checkpoint(self) -> None:
+        """Write everything that a resumed run needs, at once or not at all."""
+        if self.out is None:
+            return
+        state = {
+            "hash": self._hash(),
+            "progress": asdict(self.progress),
+            "pair": self.pair.state_dict(),
+            "best": self.best_state,
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            atomic_torch_save(state, self.out / "checkpoint.pt")
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint could not be written to {self.out}: {error}. The last one is untouched: "
+                "free space, then go on with resume"
+            ) from error
+
+    def resume(self) -> None:
+        """Take up the checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: It is damaged, or of other settings, data or code.
+        """
+        if self.out is None:
+            raise CheckpointError("resume needs the run folder; pass out=")
+        file = self.out / "checkpoint.pt"
+        if not file.exists():
+            return
+        state = load_tensors(file, "cpu")
+        if state.get("hash") != self._hash():
+            raise CheckpointError(
+                f"{file} was written with other settings, data or code; a resumed run must be the same run. "
+                "Use the settings of the first run, or another folder"
+            )
+        self.progress = Progress(**state["progress"])
+        self.pair.load_state_dict(state["pair"])
+        self.best_state = state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if state["rng_cuda"] is not None:
+            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        last = self.training.epochs or self.training.max_epochs
+        self.progress.done = self.progress.done and self.progress.epoch >= last
+
+    def result(self) -> Fit:
+        """The fit with the best weights so far."""
+        if self.progress.stage == "training":
+            self.pair.load_state_dict(self.best_state)
+        self.pair.train(False)
+        history = pd.DataFrame(self.progress.history)
+        history = history.set_index("epoch") if len(history) else history
+        return Fit(
+            pair=self.pair,
+            dims=self.dims,
+            screen=self.screen.describe(),
+            cells=CellSummary.of(self.screen, self.split.train),
+            split=self.split,
+            history=history,
+            training=asdict(self.training),
+            seed=self.seed,
+            path=self.out,
+        )
+
+
+def pick_device(device: str) -> torch.device:
+    """``"auto"`` is the first GPU, or the CPU.
+
+    Raises:
+        TrainingError: The device does not exist here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise TrainingError(f"device {device!r} cannot be used here: {error}; pass device='auto'") from error
+
+
+def _check_needs(model: nn.Module, screen: Screen) -> None:
+    needs = getattr(model, "needs", set())
+    if "counts" in needs:
+        screen.require_counts()
+    if "normalised" in needs:
+        screen.require_normalised()
+
+
+def _warm_epochs(asked: int | None, pair: Pair, epochs: int | None) -> int:
+    able = can_rotate(pair.model, pair.guide)
+    if asked and not able:
+        raise PairError(
+            f"{type(pair.model).__name__} and {type(pair.guide).__name__} cannot be warm-started: with these "
+            "settings they have no gates to open; pass warm_start=0"
+        )
+    if asked is None:
+        asked = 40 if able else 0
+        asked = asked if epochs is None else min(asked, int(0.4 * epochs))
+    return asked
+
+
+def _needed_elbo(pair: Pair, batch: Batch) -> ELBO | None:
+    """Stock Pyro where a guide's latent is enumerated or has no pathwise gradient; None where not."""
+    trace = poutine.trace(pair.guide).get_trace(batch)
+    sites = [s for s in trace.nodes.values() if s["type"] == "sample" and not s["is_observed"]]
+    sites = [s for s in sites if type(s["fn"]).__name__ != "_Subsample"]
+    if any(s["infer"].get("enumerate") for s in sites):
+        return TraceEnum_ELBO(max_plate_nesting=1)
+    return None if all(s["fn"].has_rsample for s in sites) else TraceGraph_ELBO()
+
+
+def _copy(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    return {kind: {k: v.detach().clone() for k, v in part.items()} for kind, part in state.items()}
+
+
+def _seed_all(seed: int) -> None:
+    pyro.set_rng_seed(seed)
+
+
+@contextmanager
+def _same_draws(seed: int, device: torch.device) -> Iterator[None]:
+    """Draws that depend on the seed alone and leave the outer stream untouched."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # tiny moments of dead units would slow every step several times
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)

@@ -1,0 +1,24 @@
+"""Figures: functions of tables and arrays that return a matplotlib Figure and change no global state."""
+
+from pyro_causalcell.plot.checks import pareto_k, predictive_checks, reliability
+from pyro_causalcell.plot.comparison import compare_methods, study_table
+from pyro_causalcell.plot.effects import effect_intervals
+from pyro_causalcell.plot.graph import graph_heatmap, order_graph, top_genes
+from pyro_causalcell.plot.style import DIVERGING, OKABE_ITO, style
+from pyro_causalcell.plot.training import training_curve
+
+__all__ = [
+    "DIVERGING",
+    "OKABE_ITO",
+    "compare_methods",
+    "effect_intervals",
+    "graph_heatmap",
+    "order_graph",
+    "pareto_k",
+    "predictive_checks",
+    "reliability",
+    "study_table",
+    "style",
+    "top_genes",
+    "training_curve",
+]

@@ -1,0 +1,61 @@
+"""One look for every figure, applied to the figure alone: the global matplotlib settings stay untouched."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+__all__ = ["BLACK", "BLUE", "DIVERGING", "GREEN", "GREY", "OKABE_ITO", "ORANGE", "VERMILLION", "new_figure", "style"]
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+GREY = "#8A8F98"
+OKABE_ITO = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, YELLOW)
+DIVERGING = LinearSegmentedColormap.from_list(
+    "blue_vermillion", ["#003B5C", BLUE, "#8CC1E0", "#F4F4F2", "#F3A76C", VERMILLION, "#6E2C00"]
+)
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#4A4F57",
+    "axes.prop_cycle": matplotlib.cycler(color=OKABE_ITO),
+    "axes.axisbelow": True,
+    "grid.color": "#E6E8EB",
+    "grid.linewidth": 0.7,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "lines.linewidth": 1.6,
+    "svg.hashsalt": "pyro_causalcell",
+}
+
+
+def style() -> AbstractContextManager[None]:
+    """Settings of this package's figures, for the length of a ``with`` block."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of ``width`` by ``height`` inches that no pyplot window knows of."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def axes_grid(figure: Figure, n_panels: int, n_columns: int) -> Sequence[Axes]:
+    """``n_panels`` axes in rows of ``n_columns``; unused cells of the last row stay blank."""
+    n_rows = -(-n_panels // n_columns)
+    axes = list(figure.subplots(n_rows, n_columns, squeeze=False).ravel())
+    for ax in axes[n_panels:]:
+        ax.remove()
+    return axes[:n_panels]

@@ -1,0 +1,16 @@
+"""What a fit says about cells and perturbations, measured or not."""
+
+from pyro_causalcell.predict.cells import latents, predict, replicate
+from pyro_causalcell.predict.effects import effects
+from pyro_causalcell.predict.globals import global_draws, global_means, graph, programme_names
+
+__all__ = [
+    "effects",
+    "global_draws",
+    "global_means",
+    "graph",
+    "latents",
+    "predict",
+    "programme_names",
+    "replicate",
+]

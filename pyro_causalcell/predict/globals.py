@@ -1,0 +1,117 @@
+"""What a fit believes about its global latents: means, draws, the graph."""
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyro_causalcell.batch import Batch
+from pyro_causalcell.errors import PredictionError
+from pyro_causalcell.inference import Fit
+from pyro_causalcell.inference.posterior import global_sites
+
+__all__ = ["edge_names", "global_draws", "global_means", "graph", "programme_names", "stub_batch"]
+
+
+def stub_batch(fit: Fit, u_np: Tensor, library: float = 1.0, batch_nb: Tensor | None = None) -> Batch:
+    """Cells that carry a design and nothing else.
+
+    Args:
+        fit: The fit.
+        u_np: Their design.
+        library: Their total counts.
+        batch_nb: Their batch columns; None is zeros.
+    """
+    n, device = len(u_np), fit.device
+    x_ng = torch.zeros(n, fit.dims.n_genes, device=device)
+    if batch_nb is None:
+        batch_nb = torch.zeros(n, fit.dims.n_batches, device=device)
+    return Batch(
+        x_ng=x_ng,
+        u_np=u_np.to(device),
+        library_n1=torch.full((n, 1), library, device=device),
+        batch_nb=batch_nb.to(device),
+        condition_n=torch.zeros(n, dtype=torch.long, device=device),
+        index_n=torch.arange(n, device=device),
+        n_total=n,
+    )
+
+
+def global_means(fit: Fit) -> dict[str, Tensor]:
+    """Posterior mean of each global latent; Bernoulli gates are rounded to 0 or 1."""
+    sites = _global_distributions(fit)
+    return {name: fn.mean.round() if _is_gate(fn) else fn.mean for name, fn in sites.items()}
+
+
+def global_draws(fit: Fit, n_samples: int, seed: int = 0) -> dict[str, Tensor]:
+    """Posterior draws of each global latent, shape s, ...
+
+    Args:
+        fit: The fit.
+        n_samples: Draws s.
+        seed: Their seed.
+    """
+    batch = stub_batch(fit, torch.zeros(1, fit.dims.n_targets))
+    fit.pair.train(False)
+    with torch.random.fork_rng(devices=[fit.device] if fit.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        draws = [global_sites(fit.pair, batch) for _ in range(n_samples)]
+    names = draws[0] if draws else {}
+    return {name: torch.stack([draw[name]["value"] for draw in draws]) for name in names}
+
+
+def graph(fit: Fit) -> pd.DataFrame:
+    """Which perturbation hits which programme, how sure that is, and how strongly.
+
+    Returns:
+        One row per edge: ``perturbation``, ``programme``, ``probability`` that the edge is there,
+        ``effect`` (posterior mean of the shift where it is, in standard deviations of a control
+        programme) and ``effect_sd``.
+
+    Raises:
+        PredictionError: The model has no ``shift``: with closed gates perturbations have no effect.
+    """
+    sites = _global_distributions(fit)
+    if "shift" in sites:
+        effect_pk, sd_pk = sites["shift"].mean, sites["shift"].variance.sqrt()
+        probability_pk = sites["gate"].mean if "gate" in sites else torch.ones_like(effect_pk)
+    elif hasattr(fit.model, "gate_logit"):
+        effect_pk, probability_pk = fit.model.shift, torch.sigmoid(fit.model.gate_logit)
+        sd_pk = torch.full_like(effect_pk, torch.nan)
+    else:
+        raise PredictionError("this model has no perturbation shifts (gates='closed'), so there is no graph")
+    rows = pd.MultiIndex.from_product(
+        [edge_names(fit, len(effect_pk)), programme_names(fit)], names=["perturbation", "programme"]
+    )
+    columns = {"probability": probability_pk, "effect": effect_pk, "effect_sd": sd_pk}
+    values = {name: value.detach().cpu().numpy().ravel() for name, value in columns.items()}
+    return pd.DataFrame(values, index=rows).reset_index()
+
+
+def edge_names(fit: Fit, n_edges: int) -> list[str]:
+    """Names of the rows of γ and μ: the targets, then the interactions ``A:B``."""
+    targets = fit.screen.targets
+    pairs = getattr(fit.model, "interactions", ())
+    return [*targets, *(f"{targets[i]}:{targets[j]}" for i, j in pairs)][:n_edges]
+
+
+def programme_names(fit: Fit) -> list[str]:
+    """``programme_1``, ... in the order of the latents; models with blocks name their own."""
+    named = getattr(fit.model, "programme_names", None)
+    return named() if named else [f"programme_{i + 1}" for i in range(fit.model.n_latents)]  # type: ignore[arg-type]
+
+
+def _global_distributions(fit: Fit) -> dict[str, torch.distributions.Distribution]:
+    fit.pair.train(False)
+    batch = stub_batch(fit, torch.zeros(1, fit.dims.n_targets))
+    sites = global_sites(fit.pair, batch)
+    return {name: _unwrapped(site["fn"]) for name, site in sites.items()}
+
+
+def _unwrapped(fn: torch.distributions.Distribution) -> torch.distributions.Distribution:
+    return _unwrapped(fn.base_dist) if hasattr(fn, "base_dist") else fn
+
+
+def _is_gate(fn: torch.distributions.Distribution) -> bool:
+    return isinstance(fn, torch.distributions.Bernoulli)
+
+

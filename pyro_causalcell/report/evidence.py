@@ -1,0 +1,245 @@
+"""Everything the page shows, computed from a fit and its cells."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from pyro import poutine
+
+from pyro_causalcell.baselines import (
+    compare_means,
+    fit_baselines,
+    log_cp10k,
+    other_genes,
+    technical_duplicate,
+)
+from pyro_causalcell.data import Minibatches, Screen
+from pyro_causalcell.errors import DataError, PredictionError
+from pyro_causalcell.evaluate.checks import check
+from pyro_causalcell.evaluate.likelihood import iw_nll
+from pyro_causalcell.inference import Fit
+from pyro_causalcell.inference.posterior import is_local, sample_sites
+from pyro_causalcell.predict import effects, graph, predict, programme_names, replicate
+from pyro_causalcell.report.replicates import compare_replicates, coverage
+
+__all__ = ["Cells", "Evidence", "gather", "programme_genes", "scored_means"]
+
+INTERVAL = 0.9
+_CHECKED = 2000  # cells of the predictive checks: more do not change the picture
+_WEIGHED = 500  # cells of the importance-weighted likelihood, the slowest part
+_REPLICATES = 40
+_MANY = 20  # held-out cells a condition needs before its mean is worth predicting
+_DRAWN = 500  # cells drawn from the model for a condition's mean
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells that the evidence is judged on.
+
+    Attributes:
+        rows: Rows of the screen.
+        words: What they are, as in a sentence.
+    """
+
+    rows: NDArray[np.int64]
+    words: str
+
+    def sample(self, n: int, seed: int) -> "Cells":
+        """At most ``n`` of these cells, at random, in rising order."""
+        if len(self.rows) <= n:
+            return self
+        rows = np.sort(np.random.default_rng(seed).choice(self.rows, n, replace=False))
+        return Cells(rows, f"{n:,} of the {self.words}")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was computed from a fit for its page.
+
+    Attributes:
+        graph: Columns perturbation, programme, probability, effect, effect_sd; no rows if the model has no
+            edges.
+        loadings: Programme by gene.
+        effects: Gene effects of the perturbations with a likely edge; None if there are none.
+        held_out: Cells of the comparison with the baselines.
+        scores: Columns method, condition, metric, value; empty if no condition has enough cells.
+        checked: Cells of the predictive checks.
+        checks: Arguments of ``plot.predictive_checks``.
+        check_table: What ``evaluate.check`` returns.
+        coverage: Columns cells, nominal, observed.
+        weighed: Cells of the likelihood.
+        likelihood: nll, pareto_k, ess and mc_se of each.
+        n_particles: Draws per cell of the likelihood.
+    """
+
+    graph: pd.DataFrame
+    loadings: pd.DataFrame
+    effects: xr.Dataset | None
+    held_out: Cells
+    scores: pd.DataFrame
+    checked: Cells
+    checks: dict[str, NDArray[np.float64]]
+    check_table: pd.DataFrame
+    coverage: pd.DataFrame
+    weighed: Cells
+    likelihood: xr.Dataset
+    n_particles: int
+
+
+def gather(fit: Fit, screen: Screen, n_particles: int, seed: int) -> Evidence:
+    """Compute everything.
+
+    Args:
+        fit: The fit.
+        screen: The cells it was fitted on, all of them.
+        n_particles: Draws per cell of the likelihood.
+        seed: Of every random choice.
+
+    Raises:
+        DataError: ``screen`` has another number of cells than the fitted one.
+    """
+    held_out = _held_out(fit, screen)
+    edges = _edges(fit)
+    likely = [p for p in dict.fromkeys(edges.loc[edges["probability"] > 0.5, "perturbation"]) if p in screen.targets]
+    checked = held_out.sample(_CHECKED, seed)
+    weighed = held_out.sample(_WEIGHED, seed)
+    checks, table, covered = _checks(fit, screen, checked.rows, likely, seed)
+    return Evidence(
+        graph=edges,
+        loadings=programme_genes(fit, screen, seed=seed),
+        effects=effects(fit, likely, interval=INTERVAL, seed=seed) if likely else None,
+        held_out=held_out,
+        scores=scored_means(fit, screen, held_out.rows, seed),
+        checked=checked,
+        checks=checks,
+        check_table=table,
+        coverage=covered,
+        weighed=weighed,
+        likelihood=iw_nll(fit, screen, weighed.rows, n_particles=n_particles, seed=seed),
+        n_particles=n_particles,
+    )
+
+
+def _edges(fit: Fit) -> pd.DataFrame:
+    """The graph; no rows for a model in which perturbations move nothing, which has none."""
+    try:
+        return graph(fit)
+    except PredictionError:
+        return pd.DataFrame(columns=["perturbation", "programme", "probability", "effect", "effect_sd"])
+
+
+def _held_out(fit: Fit, screen: Screen) -> Cells:
+    """Test cells, or validation cells, or else training cells; the words say which."""
+    split = fit.split
+    fitted = len(split.train) + len(split.validation) + len(split.test)
+    if screen.n_cells != fitted:
+        raise DataError(
+            f"the fit's split is of {fitted} cells and these data have {screen.n_cells}; pass the AnnData that "
+            "was fitted."
+        )
+    if len(split.test):
+        return Cells(split.test, f"{len(split.test):,} held-out test cells")
+    if len(split.validation):
+        return Cells(split.validation, f"{len(split.validation):,} held-out validation cells")
+    return Cells(split.train, f"{len(split.train):,} training cells (none were held out)")
+
+
+def _checks(
+    fit: Fit, screen: Screen, rows: NDArray[np.int64], likely: list[str], seed: int
+) -> tuple[dict[str, NDArray[np.float64]], pd.DataFrame, pd.DataFrame]:
+    observed_ng, condition_n = screen.x(rows), screen.condition_n[rows]
+    checks, pit_ng = compare_replicates(
+        observed_ng, _replicates(fit, screen, rows, seed), condition_n, seed
+    )
+    table = check(
+        observed_ng, _replicates(fit, screen, rows, seed), condition_n, screen.conditions, interval=INTERVAL
+    )
+    hit_n = np.isin(condition_n, [screen.conditions.index(c) for c in likely if c in screen.conditions])
+    groups = {
+        "control cells": condition_n == 0,
+        "perturbed, likely effect": hit_n,
+        "perturbed, no likely effect": (condition_n != 0) & ~hit_n,
+    }
+    return checks, table, coverage(pit_ng, groups)
+
+
+def _replicates(fit: Fit, screen: Screen, rows: NDArray[np.int64], seed: int) -> Iterator[NDArray[np.float32]]:
+    """Copies of the cells one at a time, so that few are in memory."""
+    return (replicate(fit, screen, rows, n_samples=1, seed=seed + s)[0] for s in range(_REPLICATES))
+
+
+def programme_genes(fit: Fit, screen: Screen, n_cells: int = 256, seed: int = 0) -> pd.DataFrame:
+    """How each gene follows each programme.
+
+    Control cells are drawn from the model; one programme at a time is set half a unit up and half a unit
+    down, all others held.
+
+    Args:
+        fit: The fit.
+        screen: Cells whose libraries and batches are used.
+        n_cells: Control cells drawn.
+        seed: Of the draws.
+
+    Returns:
+        Programme by gene: log2 fold change of the expected count per unit, or, for normalised data, difference
+        of the expected value.
+    """
+    control = fit.split.train[screen.condition_n[fit.split.train] == 0]
+    rows = np.random.default_rng(seed).choice(control, min(n_cells, len(control)), replace=False)
+    batch = next(iter(Minibatches(screen, rows, len(rows), shuffle=False, device=fit.device)))
+    batch = batch._replace(x_ng=None)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        drawn = sample_sites(poutine.trace(fit.model).get_trace(batch))
+        latents = {name: site["value"] for name, site in drawn.items() if is_local(site) and name != "x"}
+
+        def mean_g(name: str, moved: torch.Tensor) -> torch.Tensor:
+            model = poutine.condition(fit.model, data={**latents, name: moved})
+            return poutine.trace(model).get_trace(batch).nodes["x"]["fn"].mean.mean(0)  # type: ignore[no-any-return]
+
+        change = []
+        for name, value_nk in latents.items():
+            for step_k in 0.5 * torch.eye(value_nk.shape[-1], device=value_nk.device):
+                up_g, down_g = mean_g(name, value_nk + step_k), mean_g(name, value_nk - step_k)
+                change.append(up_g.log2() - down_g.log2() if screen.is_counts else up_g - down_g)
+    return pd.DataFrame(torch.stack(change).cpu().numpy(), programme_names(fit), screen.genes)
+
+
+def scored_means(fit: Fit, screen: Screen, rows: NDArray[np.int64], seed: int) -> pd.DataFrame:
+    """The model, the baselines and the technical duplicate, scored on one half of the held-out cells.
+
+    Args:
+        fit: The fit.
+        screen: The screen.
+        rows: Held-out cells; perturbed conditions with at least 20 of them are scored.
+        seed: Of the halves and of the model's draws.
+
+    Returns:
+        What ``baselines.compare_means`` returns; empty if no condition has enough cells.
+    """
+    cells_c = np.bincount(screen.condition_n[rows], minlength=len(screen.conditions))
+    conditions = [c for c, n in zip(screen.conditions[1:], cells_c[1:], strict=True) if n >= _MANY]
+    if not conditions:
+        return pd.DataFrame(columns=["method", "condition", "metric", "value"])
+    true_cg, duplicate_cg = technical_duplicate(screen, rows, conditions, seed)
+    baselines = fit_baselines(screen, fit.split.train)
+    predicted = {"model": _model_means(fit, screen, conditions, seed)}
+    predicted |= {name: baseline.predict(conditions) for name, baseline in baselines.items()}
+    predicted["technical duplicate"] = duplicate_cg
+    means = baselines["control mean"].means
+    scored_cg = other_genes(screen, conditions)
+    return compare_means(true_cg, predicted, means.control_g, means.perturbed_g, conditions, scored_cg)
+
+
+def _model_means(fit: Fit, screen: Screen, conditions: list[str], seed: int) -> NDArray[np.float64]:
+    drawn = predict(fit, conditions, n_cells=_DRAWN, seed=seed)
+    x_ng = np.asarray(drawn.X, dtype=np.float64)
+    if screen.is_counts:
+        given = fit.screen.library is not None
+        x_ng = log_cp10k(x_ng, drawn.obs["library"].to_numpy() if given else x_ng.sum(1))
+    name_n = drawn.obs["condition"].to_numpy()
+    return np.stack([x_ng[name_n == screen.canonical(c)].mean(0) for c in conditions])

@@ -1,0 +1,136 @@
+"""One self-contained page per run."""
+
+import datetime
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+
+import pyro_causalcell
+from pyro_causalcell.data import Screen
+from pyro_causalcell.errors import DataError
+from pyro_causalcell.inference import Fit
+from pyro_causalcell.inference.fitted import atomic_write
+from pyro_causalcell.report import html
+from pyro_causalcell.report import sections as parts
+from pyro_causalcell.report.evidence import INTERVAL, Evidence, gather
+from pyro_causalcell.report.summary import caveats, join, shared_programmes, summarise_graph, summarise_scores
+
+__all__ = ["render", "write_report"]
+
+
+def write_report(
+    fit: Fit, data: ad.AnnData | Screen, path: str | Path, *, n_particles: int = 200, seed: int = 0
+) -> Path:
+    """Write a page about a fit that opens from disk in any browser, without a network.
+
+    Args:
+        fit: The fit.
+        data: The cells it was fitted on, all of them: the screen, or the AnnData.
+        path: The HTML file; an older file stays until the new one is whole.
+        n_particles: Draws per cell of the importance-weighted likelihood.
+        seed: Of every random choice; the same seed gives the same numbers.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: ``data`` are not the fitted cells, or the file cannot be written.
+    """
+    screen = data if isinstance(data, Screen) else Screen.from_spec(fit.screen, data)
+    text = render(fit, screen, gather(fit, screen, n_particles, seed))
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, text)
+    except OSError as error:
+        raise DataError(f"the report cannot be written to {path}: {error}; choose another place.") from error
+    return path
+
+
+def render(fit: Fit, screen: Screen, evidence: Evidence) -> str:
+    """The page, from what was computed."""
+    unit = "counts" if screen.is_counts else "log-normalised"
+    loading_unit = "log2 fold change per unit" if screen.is_counts else "change per unit (log-normalised)"
+    graph = evidence.graph
+    held_out, checked, weighed = evidence.held_out.words, evidence.checked.words, evidence.weighed.words
+    sections = {
+        "Summary": parts.summary_section(
+            summarise_graph(graph, evidence.loadings),
+            _trust(evidence),
+            caveats(screen.n_genes, panel_totals=screen.is_counts and fit.screen.library is None),
+            _sizes(fit, graph),
+        ),
+        "What was fitted": parts.settings_section(_describe(fit), _flat(fit.settings)),
+        "Perturbations and programmes": parts.graph_section(graph),
+        "Genes of programmes": parts.programmes_section(evidence.loadings, graph, loading_unit),
+        "Effects": parts.effects_section(evidence.effects, INTERVAL),
+        "Baselines": parts.comparison_section(evidence.scores, held_out),
+        "Predictive checks": parts.checks_section(evidence.checks, evidence.check_table, unit, checked),
+        "Calibration": parts.calibration_section(evidence.coverage, checked),
+        "Likelihood": parts.likelihood_section(evidence.likelihood, evidence.n_particles, weighed),
+        "Training": parts.training_section(fit.history),
+    }
+    title = f"{len(fit.screen.targets)} perturbations, {len(shared_programmes(graph))} programmes"
+    subtitle = f"{type(fit.model).__name__} fitted to {screen.n_cells:,} cells and {screen.n_genes:,} genes"
+    today = datetime.date.today().isoformat()
+    footer = f"pyro_causalcell {pyro_causalcell.__version__}, {today}"
+    return html.page(title, subtitle, sections, footer)
+
+
+def _sizes(fit: Fit, graph: pd.DataFrame) -> dict[str, str]:
+    best = graph.groupby("perturbation")["probability"].max()
+    sure = int((best > 0.9).sum())
+    return {
+        "cells trained on": f"{len(fit.split.train):,}",
+        "genes": f"{len(fit.screen.genes):,}",
+        "perturbations": f"{len(fit.screen.targets)}",
+        "with an effect (probability above 0.9)": f"{sure}",
+        "programmes they move": f"{len(shared_programmes(graph))}",
+    }
+
+
+def _trust(evidence: Evidence) -> list[str]:
+    """How well the model predicts, in sentences."""
+    sentences = summarise_scores(evidence.scores) if len(evidence.scores) else []
+    at = evidence.coverage[np.isclose(evidence.coverage["nominal"], INTERVAL)]
+    inside = [f"{row.observed:.0%} of values in {row.cells}" for row in at.itertuples()]
+    sentences.append(f"{INTERVAL:.0%} predictive intervals hold {join(inside)}.")
+    bad = float((evidence.likelihood["pareto_k"].values > 0.7).mean())
+    sentences.append(
+        f"The likelihood of a held-out cell is {evidence.likelihood['nll'].values.mean():.1f} nats (negative log); "
+        f"the estimate is unreliable for {bad:.0%} of cells."
+    )
+    return sentences
+
+
+def _describe(fit: Fit) -> list[str]:
+    """What was fitted, in words."""
+    spec, split = fit.screen, fit.split
+    story = (inspect.getdoc(type(fit.model)) or "").split("\n", 1)[0]
+    last = fit.history.index[-1] + 1 if len(fit.history) else 0
+    data = f"layer {spec.layer!r}" if spec.layer else "X"
+    covariates = f" The decoder sees {join(spec.batch)}." if spec.batch else ""
+    return [
+        f"Model {type(fit.model).__name__}, guide {type(fit.guide).__name__}. {story}",
+        f"Perturbations were read from obs[{spec.perturbation!r}], with {join([repr(c) for c in spec.control])} as "
+        f"control; values from {data} ({'counts' if spec.is_counts else 'normalised values'}).{covariates}",
+        f"{len(split.train):,} cells trained the model, {len(split.validation):,} chose when to stop and "
+        f"{len(split.test):,} were kept for testing (split {split.name!r}). Training ran {last} epochs; the "
+        f"weights with the lowest validation loss were kept. Seed {fit.seed}.",
+    ]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    """Nested settings with dotted names."""
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

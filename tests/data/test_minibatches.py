@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+import torch
+
+from pyro_causalcell.data import Minibatches, Screen, read
+from pyro_causalcell.errors import DataError
+
+ROWS = np.arange(5, 400, 3)
+
+
+def test_an_epoch_holds_every_cell_once(tiny_screen):
+    minibatches = Minibatches(tiny_screen, ROWS, 32)
+    batches = list(minibatches.epoch(2))
+    assert len(batches) == len(minibatches) == 5
+    index = torch.cat([b.index_n for b in batches])
+    assert sorted(index.tolist()) == list(range(len(ROWS)))
+    sizes = [b.n_cells for b in batches]
+    assert max(sizes) <= 32 and max(sizes) - min(sizes) <= 1
+    assert {b.n_total for b in batches} == {len(ROWS)}
+
+
+def test_the_fields_of_a_batch_belong_to_its_cells(tiny_adata):
+    tiny_adata.obs["hour"] = np.arange(400)
+    screen = Screen(tiny_adata, batch="batch", time="hour")
+    for batch in Minibatches(screen, ROWS, 50, seed=1):
+        rows = ROWS[batch.index_n.numpy()]
+        np.testing.assert_array_equal(batch.x_ng, screen.x(rows))
+        np.testing.assert_array_equal(batch.u_np, screen.u_np[rows])
+        np.testing.assert_array_equal(batch.library_n1[:, 0], screen.library_n[rows])
+        np.testing.assert_array_equal(batch.batch_nb, screen.batch_nb[rows])
+        np.testing.assert_array_equal(batch.condition_n, screen.condition_n[rows])
+        np.testing.assert_array_equal(batch.time_n, rows)
+        for field in (batch.x_ng, batch.u_np, batch.library_n1, batch.batch_nb, batch.time_n):
+            assert field.dtype == torch.float32
+        assert batch.condition_n.dtype == batch.index_n.dtype == torch.long
+        assert batch.library_n1.shape == (len(rows), 1)
+        assert batch.control is None and batch.next is None
+
+
+def test_order_depends_on_seed_and_epoch_only(tiny_screen):
+    def order(seed, epoch, **settings):
+        batches = Minibatches(tiny_screen, ROWS, 32, seed=seed, **settings).epoch(epoch)
+        return torch.cat([b.index_n for b in batches]).tolist()
+
+    first = Minibatches(tiny_screen, ROWS, 32, seed=0)
+    list(first.epoch(0)), list(first.epoch(1))
+    assert torch.cat([b.index_n for b in first.epoch(7)]).tolist() == order(0, 7)
+    assert order(0, 7) != order(0, 8) and order(0, 7) != order(1, 7)
+    assert order(0, 3, memory_budget_gb=0) == order(0, 3)
+    assert order(0, 3, shuffle=False) == list(range(len(ROWS)))
+
+
+def test_counts_are_held_in_the_smallest_safe_type(tiny_adata):
+    def resident_type(largest, scale=1.0):
+        x_ng = tiny_adata.X.toarray() * scale
+        x_ng[0, 0] = largest
+        tiny_adata.layers["x"] = x_ng
+        screen = Screen(tiny_adata, layer="x")
+        minibatches = Minibatches(screen, np.arange(400), 400, shuffle=False)
+        np.testing.assert_array_equal(next(iter(minibatches)).x_ng, x_ng)
+        return minibatches._x_ng.dtype
+
+    assert resident_type(32767) == torch.int16
+    assert resident_type(32768) == torch.int32
+    assert resident_type(2.0**31) == torch.float32
+    assert resident_type(0.5, scale=0.5) == torch.float32
+
+
+def test_rows_are_read_where_they_do_not_fit(tiny_adata, tmp_path):
+    tiny_adata.write_h5ad(tmp_path / "a.h5ad")
+    backed = read(tmp_path / "a.h5ad", backed=True)
+    resident = Minibatches(Screen(tiny_adata), ROWS, 32)
+    assert resident.is_resident
+    for adata in (tiny_adata, backed):
+        reading = Minibatches(Screen(adata), ROWS, 32, memory_budget_gb=1e-6)
+        assert not reading.is_resident
+        for a, b in zip(resident.epoch(1), reading.epoch(1), strict=True):
+            torch.testing.assert_close(a.x_ng, b.x_ng, rtol=0, atol=0)
+            torch.testing.assert_close(a.u_np, b.u_np, rtol=0, atol=0)
+    backed.file.close()
+
+
+def test_mistakes_are_named(tiny_screen):
+    with pytest.raises(DataError, match="rows between 0 and 399"):
+        Minibatches(tiny_screen, np.array([400]), 10)
+    with pytest.raises(DataError, match="rows between 0 and 399"):
+        Minibatches(tiny_screen, np.array([], dtype=int), 10)
+    with pytest.raises(DataError, match="batch size"):
+        Minibatches(tiny_screen, ROWS, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_on_a_gpu(tiny_screen):
+    on_cpu = Minibatches(tiny_screen, ROWS, 32, seed=2)
+    for budget in (4.0, 0.0):
+        on_gpu = Minibatches(tiny_screen, ROWS, 32, seed=2, device="cuda", memory_budget_gb=budget)
+        for a, b in zip(on_cpu.epoch(1), on_gpu.epoch(1), strict=True):
+            assert b.x_ng.is_cuda and b.u_np.is_cuda and b.index_n.is_cuda
+            torch.testing.assert_close(a.x_ng, b.x_ng.cpu(), rtol=0, atol=0)
