@@ -9,14 +9,15 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_causalcell.batch import Batch
+from pyro_causalcell.batch import Batch, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, MeanFieldGate
-from pyro_causalcell.nets import Encoder, Norm, Rotation, with_interactions
+from pyro_causalcell.nets import Activation, Encoder, Norm, with_interactions
 
 __all__ = ["SparseShiftGuide"]
 
-OPEN_ABOVE = 1.0
-"""Shifts, in standard deviations, whose edges start open after the warm start."""
+OPEN_ABOVE = 0.35
+"""Edges that start open after the warm start: shifts above this share of the target's largest one (or of
+1, where that is smaller). What a rotation leaves behind is proportional to the shift that it left."""
 
 
 class SparseShiftGuide(PyroModule):
@@ -32,15 +33,15 @@ class SparseShiftGuide(PyroModule):
     which the model integrates exactly; in evaluation mode gates are drawn.
 
     The cell's intervention may enter q(z): ``intervention="ignored"`` (as the authors' code),
-    ``"input"`` (the design is appended to the encoder's input, as the paper's formula), or ``"prior"``:
-    the encoder's normal is multiplied with the prior Normal(Σ u γ μ, 1), so that q(z | x, u) holds what
-    the intervention says besides what the counts say, also for a shift learned later.
+    ``"input"`` (the design is appended to the encoder's input, as the paper's formula), or ``"prior"``
+    (default: the prior mean Σ u γ μ is appended, so that the encoder also knows what to make of a shift
+    learned later). During the warm start the encoder sees zeros there: axes are found from the counts.
 
     Args:
         n_genes, n_targets, n_batches: sizes of the screen.
         n_latents, likelihood, gates, alpha, interactions: as in the model.
         intervention: How the intervention enters q(z).
-        n_hidden, n_layers, norm, dropout: of the encoder.
+        n_hidden, n_layers, norm, dropout, activation: of the encoder.
 
     Source: Lopez et al., CLeaR 2023, equation 3.
     """
@@ -61,9 +62,11 @@ class SparseShiftGuide(PyroModule):
         n_layers: int = 2,
         norm: Norm = "batch",
         dropout: float = 0.0,
+        activation: Activation = "relu",
     ):
         super().__init__()
         self.gates, self.intervention, self.interactions = gates, intervention, tuple(interactions)
+        self.n_latents, self.gates_held = n_latents, False
         self.alpha = float(n_targets if alpha is None else alpha)
         self.rotated_site = "z"
         self.gate_sites = ("edge_rate", "gate", "min_effect") if gates == "posterior" else ()
@@ -76,28 +79,34 @@ class SparseShiftGuide(PyroModule):
         self.encoder = Encoder(
             n_genes,
             n_latents,
-            n_batches + (n_targets if intervention == "input" else 0),
+            n_batches + {"ignored": 0, "input": n_targets, "prior": n_latents}[intervention],
             log_input=likelihood != "gaussian",
             n_hidden=n_hidden,
             n_layers=n_layers,
             norm=norm,
             dropout=dropout,
+            activation=activation,
         )
 
     def forward(self, batch: Batch) -> None:
         """q(π) q(γ) q(μ | γ), then q(z | x) inside the cells plate."""
         prior_loc_nk = self.prior_loc(batch)
-        extra = (batch.batch_nb, batch.u_np) if self.intervention == "input" else (batch.batch_nb,)
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
-            loc_nk, scale_nk = self.encoder(batch.x_ng, *extra)
-            if self.intervention == "prior":
-                loc_nk, scale_nk = product_with_unit_normal(loc_nk, scale_nk, prior_loc_nk)
+            loc_nk, scale_nk = self.encoder(batch.x_ng, batch.batch_nb, *self.seen(batch, prior_loc_nk))
             pyro.sample("z", dist.Normal(loc_nk, scale_nk).to_event(1))  # q(z | x, u)
 
+    def seen(self, batch: Batch, prior_loc_nk: Tensor) -> tuple[Tensor, ...]:
+        """What the encoder sees of the interventions."""
+        if self.intervention == "ignored":
+            return ()
+        if self.intervention == "input":
+            return (batch.u_np,)
+        return (torch.zeros_like(prior_loc_nk) if self.gates_held else prior_loc_nk,)
+
     def prior_loc(self, batch: Batch) -> Tensor:
-        """q(π) q(γ) q(μ | γ), and the mean of p(z | u) that they give, shape n, k (or a zero)."""
+        """q(π) q(γ) q(μ | γ), and the mean of p(z | u) that they give, shape n, k."""
         if self.gates in ("closed", "sampled"):
-            return batch.u_np.new_zeros(())
+            return batch.u_np.new_zeros(len(batch.u_np), self.n_latents)
         gate_pk = torch.ones_like(self.shift_loc)
         if self.gates == "posterior":
             phi_pk = torch.sigmoid(self.gate_logit)
@@ -111,6 +120,7 @@ class SparseShiftGuide(PyroModule):
 
     def hold_gates_open(self, held: bool) -> None:
         """Fix all gates open (the warm start), or let them be learned."""
+        self.gates_held = held
         self.gate_logit.requires_grad_(not held)
         if held:
             self.gate_logit.data.fill_(10.0)
@@ -119,15 +129,10 @@ class SparseShiftGuide(PyroModule):
     def rotate(self, rotation: Rotation) -> None:
         """Take over new axes: z becomes ``z @ map_kk.T + offset_k``, with the shifts seen there."""
         self.encoder.rotate(rotation.map_kk, rotation.offset_k)
-        n_targets = len(rotation.shift_pk)
-        self.shift_loc[:n_targets] = rotation.shift_pk
+        shift_pk, n_targets = rotation.shift_pk, len(rotation.shift_pk)
+        size_pk = shift_pk.abs()
+        open_pk = size_pk > OPEN_ABOVE * size_pk.amax(-1, keepdim=True).clamp(min=1.0)
+        self.shift_loc[:n_targets] = shift_pk
         self.shift_loc[n_targets:] = 0.0
-        self.gate_logit[:n_targets] = torch.where(rotation.shift_pk.abs() > OPEN_ABOVE, 4.0, -4.0)
+        self.gate_logit[:n_targets] = torch.where(open_pk, 4.0, -4.0)
         self.gate_logit[n_targets:] = -2.0
-
-
-def product_with_unit_normal(loc_nk: Tensor, scale_nk: Tensor, prior_loc_nk: Tensor) -> tuple[Tensor, Tensor]:
-    """Location and scale of Normal(loc, scale) · Normal(prior_loc, 1), normalised."""
-    precision_nk = scale_nk**-2
-    scale = (1 + precision_nk).rsqrt()
-    return (loc_nk * precision_nk + prior_loc_nk) * scale**2, scale

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.distributions import Gate, GatedNormal, NegativeBinomial, UncertainMeanNormal
-from pyro_causalcell.nets import Decoder, Norm, straight_through, with_interactions
+from pyro_causalcell.nets import Activation, Decoder, Norm, straight_through, with_interactions
 from pyro_causalcell.penalties import beta_sparsity, edge_cost
 
 __all__ = ["SparseShift"]
@@ -66,7 +66,7 @@ class SparseShift(PyroModule):
         alpha: Beta shape, or weight of the L1 penalty; the number of targets when left out.
         sparsity: Penalty of ``gates="sampled"``.
         interactions: Pairs of targets that get a gated shift of their own in cells that carry both.
-        n_hidden, n_layers, norm, dropout: of the decoder.
+        n_hidden, n_layers, norm, dropout, activation: of the decoder.
 
     Source: Lopez et al., CLeaR 2023, section 3.2 and Appendices A, B; the exact expectation over gates
     and the cost of an edge are this project's.
@@ -91,6 +91,7 @@ class SparseShift(PyroModule):
         n_layers: int = 2,
         norm: Norm = "batch",
         dropout: float = 0.0,
+        activation: Activation = "relu",
     ):
         super().__init__()
         self.needs = {"normalised"} if likelihood == "gaussian" else {"counts"}
@@ -106,7 +107,14 @@ class SparseShift(PyroModule):
             self.shift = PyroParam(torch.randn(n_edges, n_latents))
             self.gate_logit = PyroParam(torch.full((n_edges, n_latents), 5.0))
         self.decoder = Decoder(
-            n_latents, n_genes, n_batches, n_hidden=n_hidden, n_layers=n_layers, norm=norm, dropout=dropout
+            n_latents,
+            n_genes,
+            n_batches,
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            norm=norm,
+            dropout=dropout,
+            activation=activation,
         )
         if likelihood == "nb":
             self.theta_g = PyroParam(torch.full((n_genes,), 5.0), constraint=constraints.positive)

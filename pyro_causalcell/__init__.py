@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pyro
+from torch import nn
 
 __version__ = "0.1.0"
 
@@ -12,3 +13,6 @@ if (_CHECKOUT / "setup.cfg").exists() and (_CHECKOUT / "models" / "__init__.py")
 
 # Parameters live in their modules, not in one store for the whole process: two fits never share any.
 pyro.settings.set(module_local_params=True)
+
+# ... and Pyro's SVI then asks each of them for its unconstrained value, which plain torch ones do not offer.
+nn.Parameter.unconstrained = lambda self: self  # type: ignore[attr-defined]

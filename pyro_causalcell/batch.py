@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Dims"]
+__all__ = ["Batch", "Dims", "Rotation"]
 
 
 class Batch(NamedTuple):
@@ -45,8 +45,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same minibatch on another device."""
-        moved = [f.to(device) if isinstance(f, (Tensor, Batch)) else f for f in self]
-        return Batch(*moved)
+        moved = {n: f.to(device) for n, f in self._asdict().items() if isinstance(f, Tensor | Batch)}
+        return self._replace(**moved)
 
 
 class Dims(NamedTuple):
@@ -66,3 +66,17 @@ class Dims(NamedTuple):
     n_targets: int
     n_batches: int
     target_cells: tuple[float, ...]
+
+
+class Rotation(NamedTuple):
+    """New latent axes: ``z_new = z @ map_kk.T + offset_k``.
+
+    Attributes:
+        map_kk: Linear map, whitening included.
+        offset_k: Offset; control cells (or the typical perturbation) lie at zero.
+        shift_pk: Shift of each target in the new axes, in within-perturbation standard deviations.
+    """
+
+    map_kk: Tensor
+    offset_k: Tensor
+    shift_pk: Tensor

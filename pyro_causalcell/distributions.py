@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints, register_kl
 from torch.distributions.utils import broadcast_all
+from torch.nn.functional import softplus
 
 __all__ = ["Gate", "GatedNormal", "MeanFieldGate", "NegativeBinomial", "UncertainMeanNormal"]
 
@@ -28,7 +29,7 @@ class NegativeBinomial(dist.TorchDistribution):
         log_mean: Logarithm of the mean; safe where the mean underflows.
     """
 
-    arg_constraints = {"inverse_dispersion": constraints.positive}
+    arg_constraints = {"log_mean": constraints.real, "inverse_dispersion": constraints.positive}
     support = constraints.nonnegative_integer
 
     def __init__(
@@ -76,15 +77,22 @@ class NegativeBinomial(dist.TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         theta, log_mean = self.inverse_dispersion, self.log_mean
-        log_total = torch.logaddexp(theta.log(), log_mean)
+        log_odds = log_mean - theta.log()
+        # softplus on both sides: θ log θ − (x + θ) log(θ + m) would cancel digits where θ or x is large
         counts = self._log_count_terms(value, theta)
-        return counts + theta * theta.log() + value * log_mean - (value + theta) * log_total
+        return counts - theta * softplus(log_odds) - value * softplus(-log_odds)
 
     def _log_count_terms(self, x: Tensor, theta: Tensor) -> Tensor:
         """log Γ(x + θ) − log Γ(θ) − log x!, at the shape of x, not of the particles."""
         if theta.dim() == 1 and x.dim() and x.shape[-1] == theta.shape[0]:
             return _TableTerms.apply(x, theta)  # type: ignore[no-any-return]
-        return torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
+        return _gamma_terms(x, theta)
+
+
+def _gamma_terms(x: Tensor, theta: Tensor) -> Tensor:
+    """log Γ(x + θ) − log Γ(θ) − log x! in double precision: the difference is small, its terms are not."""
+    x, wide = x.double(), theta.double()
+    return (torch.lgamma(x + wide) - torch.lgamma(wide) - torch.lgamma(x + 1)).to(theta.dtype)
 
 
 class _TableTerms(torch.autograd.Function):
@@ -106,14 +114,17 @@ class _TableTerms(torch.autograd.Function):
         big = (flat_ng > rows - 1).nonzero(as_tuple=True)
         if big[0].numel():
             x, theta = flat_ng[big], theta_g[big[1]]
-            terms_ng[big] = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
-            slope_ng[big] = torch.digamma(x + theta) - torch.digamma(theta)
-        ctx.save_for_backward(slope_ng)
+            terms_ng[big] = _gamma_terms(x, theta)
+            x, wide = x.double(), theta.double()
+            slope_ng[big] = (torch.digamma(x + wide) - torch.digamma(wide)).to(theta.dtype)
+        ctx.save_for_backward(slope_ng, x_ng, theta_g)
         return terms_ng.reshape(x_ng.shape)
 
     @staticmethod
     def backward(ctx, grad_ng: Tensor) -> tuple[None, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ANN001
-        (slope_ng,) = ctx.saved_tensors
+        slope_ng, x_ng, theta_g = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives are asked for: the table has none
+            slope_ng = (torch.digamma(x_ng + theta_g) - torch.digamma(theta_g)).reshape(slope_ng.shape)
         return None, (grad_ng.reshape(slope_ng.shape) * slope_ng).sum(0)
 
 

@@ -1,27 +1,16 @@
 """Networks shared by models and guides. They accept any leading dimensions (particles, cells)."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "Decoder", "Encoder", "Norm", "Rotation", "straight_through", "with_interactions"]
+__all__ = ["MLP", "Activation", "Decoder", "Encoder", "Norm", "straight_through", "with_interactions"]
 
 Norm = Literal["none", "batch", "layer"]
+Activation = Literal["relu", "leaky_relu", "silu"]
 
-
-class Rotation(NamedTuple):
-    """New latent axes: ``z_new = z @ map_kk.T + offset_k``.
-
-    Attributes:
-        map_kk: Linear map, whitening included.
-        offset_k: Offset; control cells (or the typical perturbation) lie at zero.
-        shift_pk: Shift of each target in the new axes, in within-perturbation standard deviations.
-    """
-
-    map_kk: Tensor
-    offset_k: Tensor
-    shift_pk: Tensor
+_ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2), "silu": nn.SiLU}
 
 
 class MLP(nn.Module):
@@ -33,7 +22,7 @@ class MLP(nn.Module):
         n_layers: Number of hidden layers.
         norm: ``"none"``, ``"batch"`` or ``"layer"`` normalisation after each Linear.
         dropout: Probability of dropping a hidden unit in training.
-        negative_slope: Slope below zero: 0 is ReLU.
+        activation: ``"relu"``, ``"leaky_relu"`` (slope 0.2) or ``"silu"``.
     """
 
     def __init__(
@@ -43,7 +32,7 @@ class MLP(nn.Module):
         n_layers: int = 2,
         norm: Norm = "none",
         dropout: float = 0.0,
-        negative_slope: float = 0.0,
+        activation: Activation = "relu",
     ):
         super().__init__()
         layers: list[nn.Module] = []
@@ -55,7 +44,7 @@ class MLP(nn.Module):
                 layers.append(nn.LayerNorm(n_hidden))
             elif norm != "none":
                 raise ValueError(f'norm is "none", "batch" or "layer", not {norm!r}')
-            layers.append(nn.LeakyReLU(negative_slope) if negative_slope else nn.ReLU())
+            layers.append(_ACTIVATIONS[activation]())
             if dropout:
                 layers.append(nn.Dropout(dropout))
         self.layers = nn.Sequential(*layers)
@@ -75,7 +64,7 @@ class Encoder(nn.Module):
         n_extra: Width of what is appended to the genes: batch columns, design.
         log_input: Take log(1 + x): for counts.
         min_scale: Added to the scale, so that it cannot collapse.
-        n_hidden, n_layers, norm, dropout: as in :class:`MLP`.
+        n_hidden, n_layers, norm, dropout, activation: as in :class:`MLP`.
     """
 
     def __init__(
@@ -90,10 +79,11 @@ class Encoder(nn.Module):
         n_layers: int = 2,
         norm: Norm = "none",
         dropout: float = 0.0,
+        activation: Activation = "relu",
     ):
         super().__init__()
         self.log_input, self.min_scale = log_input, min_scale
-        self.hidden = MLP(n_genes + n_extra, n_hidden, n_layers, norm, dropout)
+        self.hidden = MLP(n_genes + n_extra, n_hidden, n_layers, norm, dropout, activation)
         self.loc = nn.Linear(n_hidden, n_latents)
         self.log_scale = nn.Linear(n_hidden, n_latents)
 
@@ -105,7 +95,11 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def rotate(self, map_kk: Tensor, offset_k: Tensor) -> None:
-        """Let the location be ``loc @ map_kk.T + offset_k`` from now on; scales become their average."""
+        """Let the location be ``loc @ map_kk.T + offset_k`` from now on.
+
+        Scales become their average, and inputs beside the genes that carried nothing so far start at
+        weight zero.
+        """
         variance_k = torch.exp(2 * self.log_scale.bias)
         self.loc.weight.copy_(map_kk @ self.loc.weight)
         self.loc.bias.copy_(map_kk @ self.loc.bias + offset_k)
@@ -120,7 +114,7 @@ class Decoder(nn.Module):
         n_latents: Latents k.
         n_genes: Genes g.
         n_batches: Batch and covariate columns b.
-        n_hidden, n_layers, norm, dropout, negative_slope: as in :class:`MLP`.
+        n_hidden, n_layers, norm, dropout, activation: as in :class:`MLP`.
     """
 
     def __init__(
@@ -133,11 +127,11 @@ class Decoder(nn.Module):
         n_layers: int = 2,
         norm: Norm = "none",
         dropout: float = 0.0,
-        negative_slope: float = 0.0,
+        activation: Activation = "relu",
     ):
         super().__init__()
         self.n_latents = n_latents
-        self.hidden = MLP(n_latents + n_batches, n_hidden, n_layers, norm, dropout, negative_slope)
+        self.hidden = MLP(n_latents + n_batches, n_hidden, n_layers, norm, dropout, activation)
         self.output = nn.Linear(n_hidden, n_genes)
 
     def forward(self, z_nk: Tensor, batch_nb: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ def _group_means(
     sum_cg = np.zeros((n_groups, screen.n_genes))
     for start in range(0, len(rows), _ROWS):
         chunk, group = rows[start : start + _ROWS], group_n[start : start + _ROWS]
-        member_cn = sp.csr_array((np.ones(len(chunk)), (group, np.arange(len(chunk)))), (n_groups, len(chunk)))
+        member_cn = sp.csr_array(
+            (np.ones(len(chunk)), (group, np.arange(len(chunk)))), (n_groups, len(chunk))
+        )
         sum_cg += member_cn @ _expression(screen, chunk)
     cells_c = np.bincount(group_n, minlength=n_groups)
     mean_cg = np.full_like(sum_cg, np.nan)

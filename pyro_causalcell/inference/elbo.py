@@ -65,7 +65,7 @@ class _ModelPass(Messenger):
 
     def _pyro_sample(self, msg: Message) -> None:
         site = self.guide_sites.get(str(msg["name"]))
-        if site is not None:
+        if site is not None and not msg["is_observed"]:
             msg["value"], msg["done"] = site["value"], True
 
     def _pyro_post_sample(self, msg: Message) -> None:
@@ -77,21 +77,18 @@ class _ModelPass(Messenger):
             return
         if name not in self.guide_sites:
             raise PairError(f"the model draws {name!r}, which the guide does not; run check_pair for details")
-        guide = self.guide_sites[name]["fn"]
+        site, value = self.guide_sites[name], msg["value"]
         try:
-            self.terms[name] = -_scaled(msg, _kl(guide, fn))
+            self.terms[name] = -_scaled(site, _kl(site["fn"], fn))
         except NotImplementedError:
-            value = msg["value"]
-            gap = fn.log_prob(value) - guide.log_prob(value)  # type: ignore[union-attr]
-            self.terms[name] = _scaled(msg, gap)
+            log_p = _scaled(msg, fn.log_prob(value))  # type: ignore[union-attr]
+            self.terms[name] = log_p - _scaled(site, site["fn"].log_prob(value))  # type: ignore[union-attr]
 
 
 def _kl(q: object, p: object) -> Tensor:
     """KL(q ‖ p), seeing through ``to_event`` where both sides reinterpret the same dimensions."""
     n_q, n_p = getattr(q, "reinterpreted_batch_ndims", 0), getattr(p, "reinterpreted_batch_ndims", 0)
-    if n_q != n_p:
-        raise NotImplementedError
-    if not n_q:
+    if n_q != n_p or not n_q:
         return kl_divergence(q, p)  # type: ignore[arg-type]
     inner = _kl(q.base_dist, p.base_dist)  # type: ignore[attr-defined]
     return inner.sum(tuple(range(-n_q, 0)))
@@ -128,4 +125,6 @@ def elbo_terms(
             guide(batch)
         with _ModelPass(guide_pass.sites) as model_pass:
             model(batch)
-    return {**guide_pass.factors, **model_pass.terms}
+    alone = {n: s for n, s in guide_pass.sites.items() if n not in model_pass.terms}  # auxiliary latents
+    extra = {n: -_scaled(s, s["fn"].log_prob(s["value"])) for n, s in alone.items()}  # type: ignore[union-attr]
+    return {**guide_pass.factors, **extra, **model_pass.terms}

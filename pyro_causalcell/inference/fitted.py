@@ -114,11 +114,10 @@ class Fit:
             CheckpointError: The folder cannot be written.
         """
         path = Path(path)
-        sources = {kind: self.settings[kind]["source"] for kind in ("model", "guide")}
+        check_plain(self.pair)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for kind, source in sources.items():
-                sources[kind] = _keep_source(source, path)
+            sources = keep_sources(self.pair, path)
             atomic_torch_save(self.pair.state_dict(), path / "weights.pt")
             atomic_write(path / "history.csv", self.history.to_csv())
             self.split.save(path / "split.npz")
@@ -244,22 +243,61 @@ def _plain(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return None if settings is None else dict(settings)
 
 
-def _keep_source(source: str | None, path: Path) -> str | None:
-    """Copy a user's file into the run, so that the run can be read after the file has changed."""
-    if source is None or ".py:" not in source:
-        return source
-    file, _, name = source.rpartition(":")
-    target = path / Path(file).name
-    if Path(file).resolve() != target.resolve():
-        shutil.copyfile(file, target)
-    return f"{target.name}:{name}"
+def check_plain(pair: Pair) -> None:
+    """Whether JSON can hold the settings of a pair.
+
+    Raises:
+        PairError: A setting is an array or another object.
+    """
+    for settings in (pair.model_settings, pair.guide_settings):
+        for name, value in (settings or {}).items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise PairError(
+                    f"setting {name!r} is a {type(value).__name__}, which a run folder cannot hold: it takes "
+                    "numbers, text, lists and dicts. Build the model yourself and pass the instance"
+                ) from error
+
+
+def keep_sources(pair: Pair, path: Path) -> dict[str, str | None]:
+    """Copy files of the user's own model and guide into the run; it can be read after they have changed.
+
+    Returns:
+        Where to find each side again; files by their name in the run.
+    """
+    kept: dict[str, Path] = {}
+    sources = {"model": pair.model_source, "guide": pair.guide_source}
+    for kind, source in sources.items():
+        if source is None or ".py:" not in source:
+            continue
+        file, _, name = source.rpartition(":")
+        origin = Path(file).resolve()
+        target = path / origin.name
+        if kept.get(target.name, origin) != origin:  # another file of the same name
+            target = path / f"{kind}_{origin.name}"
+        kept[target.name] = origin
+        if origin != target.resolve():
+            atomic_write(target, pair.files[str(origin)])  # what trained, not what it was edited to since
+        sources[kind] = f"{target.name}:{name}"
+    return sources
 
 
 def settings_hash(settings: Mapping[str, Any], pair: Pair, dims: Dims) -> str:
     """A hash of settings, sizes and the source code of model and guide."""
-    code = [inspect.getsource(inspect.getmodule(type(m)) or type(m)) for m in (pair.model, pair.guide)]
+    code = [_code(type(m)) for m in (pair.model, pair.guide)]
     text = json.dumps([settings, dims, code], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _code(cls: type) -> str:
+    """Source of the module of a class; of the class alone in a notebook; its name where there is neither."""
+    for thing in (inspect.getmodule(cls), cls):
+        try:
+            return inspect.getsource(thing)  # type: ignore[arg-type]
+        except (OSError, TypeError):
+            continue
+    return cls.__qualname__
 
 
 def atomic_write(path: Path, text: str) -> None:
@@ -282,7 +320,8 @@ def _replace(path: Path, write: Any) -> None:
         os.chmod(temporary, 0o644)  # mkstemp makes files private; a run is shared like any other output
         os.replace(temporary, path)
     except RuntimeError as error:  # torch's writer hides a full disk in a RuntimeError
-        raise OSError(str(error)) from error
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(f"writing failed with {free:,.1f} MiB free there ({error})") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -307,5 +346,3 @@ def load_tensors(path: Path, device: str | torch.device) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not the state of a fit")
     return state
-
-

@@ -1,14 +1,16 @@
 """A pair: a model and a guide, found by name or file, built from the sizes of a screen, and checked."""
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ class Pair:
         model_source, guide_source: How to find their classes again, ``"package.module:Class"`` or
             ``"file.py:Class"``; None for instances, which only the user can build again.
         model_settings, guide_settings: Keyword arguments they were built with.
+        files: Text of the files of the sources when the pair was built, by path.
     """
 
     model: nn.Module
@@ -45,6 +48,7 @@ class Pair:
     guide_source: str | None = None
     model_settings: Mapping[str, Any] | None = None
     guide_settings: Mapping[str, Any] | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of both, each once."""
@@ -100,10 +104,15 @@ def build_pair(model: Source, guide: Source | None, dims: Dims, settings: Mappin
         arguments = {name: value for name, value in available.items() if name in _arguments(cls)}
         try:
             built.append((cls(**arguments), arguments))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # torch refuses sizes with RuntimeError
             raise PairError(f"{cls.__name__} could not be built: {error}") from error
     (model_module, model_settings), (guide_module, guide_settings) = built
-    return Pair(model_module, guide_module, model_source, guide_source, model_settings, guide_settings)
+    files = {
+        str(file): file.read_text()
+        for source in (model_source, guide_source)
+        if source is not None and (file := Path(source.rpartition(":")[0])).suffix == ".py"
+    }
+    return Pair(model_module, guide_module, model_source, guide_source, model_settings, guide_settings, files)
 
 
 def find_class(source: Source, room: str) -> tuple[type[nn.Module], str | None]:
@@ -119,7 +128,7 @@ def find_class(source: Source, room: str) -> tuple[type[nn.Module], str | None]:
     if isinstance(source, nn.Module):
         return type(source), None
     if isinstance(source, type):
-        return source, f"{source.__module__}:{source.__qualname__}"
+        return source, _class_source(source)
     location, _, name = source.partition(":")
     module = _module(location, room)
     classes = {
@@ -140,12 +149,26 @@ def find_class(source: Source, room: str) -> tuple[type[nn.Module], str | None]:
     return classes[name], f"{where}:{name}"
 
 
+def _class_source(cls: type[nn.Module]) -> str | None:
+    """How to find a class again: in its package, or in its file (a script's, for example)."""
+    if "." in cls.__qualname__:
+        return None  # made inside a function or another class
+    if "." in cls.__module__:
+        return f"{cls.__module__}:{cls.__qualname__}"
+    try:
+        file = inspect.getsourcefile(cls)
+    except (TypeError, OSError):
+        return None  # a notebook's or a prompt's
+    return f"{Path(file).resolve()}:{cls.__qualname__}" if file and Path(file).is_file() else None
+
+
 def _module(location: str, room: str) -> Any:
     if location.endswith(".py"):
         path = Path(location)
         if not path.exists():
             raise PairError(f"model file {location} not found (in {os.getcwd()})")
-        name = f"pyro_causalcell_user_{path.stem}_{abs(hash(path.resolve()))}"
+        content = hashlib.sha256(bytes(path.resolve()) + path.read_bytes())  # an edited file is a new module
+        name = f"pyro_causalcell_user_{path.stem}_{content.hexdigest()[:12]}"
         if name not in sys.modules:
             spec = importlib.util.spec_from_file_location(name, path)
             assert spec is not None and spec.loader is not None  # a .py path always has a loader
@@ -223,7 +246,13 @@ def check_pair(model: Callable[[Batch], object], guide: Callable[[Batch], object
             f'pyro.plate("{CELLS}", batch.n_total, subsample=batch.index_n) around what is one per cell'
         )
     for name, site in sites.items():
-        log_prob = site["fn"].log_prob(site["value"])
+        try:
+            log_prob = site["fn"].log_prob(site["value"])
+        except ValueError as error:
+            raise PairError(
+                f"site {name!r}: the distribution of the model ({_where(model)}) has shape {_shape(site)} "
+                f"(batch shape | event shape), its value has shape {tuple(site['value'].shape)}: {error}"
+            ) from error
         if not torch.isfinite(log_prob).all():
             raise PairError(
                 f"log p({name}) is not finite before any training; model: {_where(model)}. Look at its "
@@ -253,7 +282,10 @@ def _trace(program: Callable[[Batch], object], batch: Batch, kind: str, named: o
         raise
     except Exception as error:
         where = _where(named or program)
-        raise PairError(f"the {kind} ({where}) fails on a minibatch: {type(error).__name__}: {error}") from error
+        said = textwrap.shorten(str(error).partition("Trace Shapes:")[0], 400)  # Pyro appends every shape
+        raise PairError(
+            f"the {kind} ({where}) fails on a minibatch: {type(error).__name__}: {said}"
+        ) from error
 
 
 def _is_sample(site: Any) -> bool:

@@ -1,6 +1,6 @@
 """Posterior means and draws of a pair's latents, for any pair."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from pyro import poutine
@@ -24,11 +24,11 @@ def is_local(site: dict) -> bool:  # type: ignore[type-arg]
 
 
 @torch.no_grad()
-def encode(pair: Pair, batches: Iterable[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
+def encode(guide: Callable[[Batch], object], batches: Iterable[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
     """Posterior mean and standard deviation of each latent that is one per cell.
 
     Args:
-        pair: Model and guide.
+        guide: The guide; condition it on its global latents where draws of them must not matter.
         batches: Cells, in order.
 
     Returns:
@@ -36,7 +36,7 @@ def encode(pair: Pair, batches: Iterable[Batch]) -> dict[str, tuple[Tensor, Tens
     """
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in batches:
-        trace = poutine.trace(pair.guide).get_trace(batch)
+        trace = poutine.trace(guide).get_trace(batch)
         for name, site in sample_sites(trace).items():
             if is_local(site) and not site["is_observed"]:
                 fn = site["fn"]

@@ -20,15 +20,26 @@ from pyro_causalcell.batch import Batch, Dims
 from pyro_causalcell.data import Minibatches, Screen, Split, random_cells
 from pyro_causalcell.errors import CheckpointError, PairError, TrainingError
 from pyro_causalcell.inference.elbo import SiteWeights, elbo_terms
-from pyro_causalcell.inference.fitted import CellSummary, Fit, atomic_torch_save, load_tensors, settings_hash
+from pyro_causalcell.inference.fitted import (
+    CellSummary,
+    Fit,
+    atomic_torch_save,
+    check_plain,
+    load_tensors,
+    settings_hash,
+)
 from pyro_causalcell.inference.pair import Pair, Source, build_pair, check_pair
-from pyro_causalcell.inference.posterior import encode
+from pyro_causalcell.inference.posterior import encode, sample_sites
 from pyro_causalcell.inference.warm_start import can_rotate, sparse_rotation
 
 __all__ = ["fit", "pick_device"]
 
 CHECK_EVERY = 100
 """Steps between two looks at the losses: more often would make a GPU wait."""
+LR_DROP = 0.3
+"""Factor by which the learning rate drops when the validation ELBO stops improving."""
+LAST_LR = 0.01
+"""Where the learning rate ends, as a share of its start, when the number of epochs is given."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Training:
     warm_start: int = 40
     batch_size: int = 256
     lr: float = 2e-3
-    lr_drops: int = 2
+    lr_drops: int = 3
     adam_eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float | None = 100.0
@@ -78,7 +89,7 @@ def fit(
     warm_start: int | None = None,
     batch_size: int = 256,
     lr: float = 2e-3,
-    lr_drops: int = 2,
+    lr_drops: int = 3,
     adam_eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip: float | None = 100.0,
@@ -98,8 +109,8 @@ def fit(
 
     Training minimises the negative ELBO in nats per cell with Adam. The validation ELBO is measured
     after every epoch under the same draws. When it has not improved for ``patience`` epochs, the best
-    weights return and the learning rate drops to a tenth, ``lr_drops`` times; then training ends with the
-    best weights.
+    weights return and the learning rate drops to three tenths, ``lr_drops`` times; then training ends with
+    the best weights. With a given number of epochs the learning rate falls linearly instead.
 
     Args:
         model: Name (``"sparse-shift"``), ``"file.py:Class"``, class, or instance.
@@ -111,7 +122,7 @@ def fit(
         max_epochs: Upper limit when ``epochs`` is None.
         patience: Epochs without a better validation ELBO before the learning rate drops.
         warm_start: Epochs with all gates open before the latent axes are turned to make shifts sparse
-            (see ``sparse_rotation``); 0 turns it off. None: 40 for pairs that can be turned, but at most
+            (see ``sparse_rotation``); 0 turns it off. None: 25 for pairs that can be turned, but at most
             four tenths of ``epochs``.
         batch_size: Cells in a minibatch.
         lr: Adam's learning rate.
@@ -193,15 +204,14 @@ class Trainer:
             screen, split.train, training.batch_size, seed=seed, device=device, memory_budget_gb=memory
         )
         self.validation = (
-            Minibatches(
-                screen, split.validation, 1024, shuffle=False, device=device, memory_budget_gb=memory
-            )
+            Minibatches(screen, split.validation, 1024, shuffle=False, device=device, memory_budget_gb=memory)
             if len(split.validation)
             else None
         )
         first = next(self.batches.epoch(0))
         with _same_draws(seed, device):
             check_pair(pair.model, pair.guide, first)
+            _check_sites(pair, first, {**training.weights, **training.warmup})
             self.elbo = elbo or _needed_elbo(pair, first)
         self.optimizer = torch.optim.Adam(
             list(pair.parameters()),
@@ -210,6 +220,8 @@ class Trainer:
             weight_decay=training.weight_decay,
             fused=True,
         )
+        check_plain(pair)
+        self.hash = self._hash()  # now, not later: the user may edit the model's file while it trains
         self.progress = Progress(lr=training.lr)
         self.best_state: dict[str, dict[str, Tensor]] = _copy(pair.state_dict())
         if not training.warm_start:
@@ -228,7 +240,7 @@ class Trainer:
                     bar.update()
                     bar.set_postfix({k: f"{row[k]:.2f}" for k in ("train_loss", "validation_loss")})
         except KeyboardInterrupt:
-            if self.out is not None:
+            if self.out is not None and self.progress.epoch:
                 self.result().save(self.out)
             raise
         if self.out is not None:
@@ -258,10 +270,8 @@ class Trainer:
         parameters = list(self.pair.parameters())
         for step, batch in enumerate(self.batches.epoch(self.progress.epoch)):
             weights = self._weights((step + 1) / len(self.batches))
-            terms = self._terms(batch, weights)
-            loss = -torch.stack(list(terms.values())).sum() / batch.n_total
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            terms = self._gradients(batch, weights)
             if self.training.clip is not None:
                 nn.utils.clip_grad_norm_(parameters, self.training.clip, foreach=True)
             self.optimizer.step()
@@ -271,15 +281,32 @@ class Trainer:
                 self._check_finite(names, kept, checked)
                 checked = len(kept)
         self._check_finite(names, kept, checked)
+        self._check_parameters()
         means = torch.stack(kept).mean(0).tolist()
         return dict(zip(names, means, strict=True))
+
+    def _gradients(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Gradients of the loss in nats per cell; returns the terms."""
+        if self.elbo is None:
+            terms = elbo_terms(self.pair.model, self.pair.guide, batch, weights)
+            loss = -torch.stack(list(terms.values())).sum() / batch.n_total
+            loss.backward()
+            return terms
+        with SiteWeights(weights):  # loss_and_grads is what every Pyro ELBO has
+            loss = self.elbo.loss_and_grads(  # type: ignore[attr-defined]
+                self.pair.model, self.pair.guide, batch
+            )
+        for p in self.pair.parameters():
+            if p.grad is not None:
+                p.grad /= batch.n_total
+        return {"elbo": torch.as_tensor(-loss, device=self.device)}
 
     def _terms(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
         if self.elbo is None:
             return elbo_terms(self.pair.model, self.pair.guide, batch, weights)
         with SiteWeights(weights):
-            loss = self.elbo.differentiable_loss(self.pair.model, self.pair.guide, batch)
-        return {"elbo": -loss}
+            loss = self.elbo.loss(self.pair.model, self.pair.guide, batch)  # type: ignore[attr-defined]
+        return {"elbo": torch.as_tensor(-loss, device=self.device)}
 
     def validation_loss(self) -> float:
         """Negative ELBO of the validation cells under fixed draws, in nats per cell.
@@ -304,11 +331,31 @@ class Trainer:
             return
         step = int(bad.any(1).nonzero()[0])
         sites = [name for name, b in zip(names, bad[step].tolist(), strict=True) if b]
-        where = f"{self.out} holds the last good checkpoint" if self.out else "pass out= to keep checkpoints"
         raise TrainingError(
             f"the term of site {sites[0]!r} is not finite at epoch {self.progress.epoch}, batch "
             f"{checked + step} (all bad sites: {sites}). Try a lower lr=, a smaller clip=, or look at the "
-            f"model's values there; {where}"
+            f"model's values there; {self._last_good()}"
+        )
+
+    def _check_parameters(self) -> None:
+        """A gradient that was not finite in the last step shows in no term yet."""
+        modules = {"model": self.pair.model, "guide": self.pair.guide}
+        named = ((f"{kind}.{n}", p) for kind, m in modules.items() for n, p in m.named_parameters())
+        bad = [name for name, p in named if not bool(torch.isfinite(p).all())]
+        if bad:
+            raise TrainingError(
+                f"parameter {bad[0]!r} is not finite after epoch {self.progress.epoch} (all bad parameters: "
+                f"{bad}): a gradient was not. Try a lower lr=, a smaller clip=, or look at the model's values "
+                f"there; {self._last_good()}"
+            )
+
+    def _last_good(self) -> str:
+        if self.out is None:
+            return "pass out= to keep checkpoints"
+        return (
+            f"{self.out} holds the last good checkpoint"
+            if self.progress.epoch
+            else "there is no checkpoint yet"
         )
 
     # ------------------------------------------------------------ schedule
@@ -316,7 +363,7 @@ class Trainer:
     def _weights(self, part: float) -> dict[str, float]:
         """Multipliers of the sites' terms, ``part`` of the way through the epoch."""
         weights = dict(self.training.weights)
-        age = self.progress.epoch - self.progress.stage_start + part
+        age = self.progress.epoch + part
         for name, epochs in self.training.warmup.items():
             weights[name] = weights.get(name, 1.0) * min(1.0, age / epochs)
         if self.progress.stage == "warm start":
@@ -332,24 +379,26 @@ class Trainer:
                 self._start_stage("training")
             return
         loss = row["train_loss"] if self.validation is None else row["validation_loss"]
-        annealed = state.epoch - state.stage_start >= max(training.warmup.values(), default=0)
+        annealed = state.epoch >= max(training.warmup.values(), default=0)
         if annealed and loss < state.best_loss:
             state.best_loss, state.best_epoch = loss, state.epoch
             self.best_state = _copy(self.pair.state_dict())
         if training.epochs is not None:
-            fraction = (state.epoch - state.stage_start) / max(1, training.epochs - state.stage_start)
-            due = sum(fraction >= 1 - 0.3 / 3**i for i in range(training.lr_drops))
             state.done = state.epoch >= training.epochs
-        else:
-            stale = state.epoch - max(state.best_epoch, state.stage_start) >= training.patience
-            due = state.drops + (stale and annealed)
-            state.done = state.epoch >= training.max_epochs or due > training.lr_drops
-        if due > state.drops and not state.done:
-            state.drops, state.lr = due, training.lr * 0.1**due
-            if training.epochs is None:
-                self.pair.load_state_dict(self.best_state)
-                state.best_epoch = state.epoch
-            self._set_lr()
+            self._set_lr(
+                training.lr * max(LAST_LR, 1 - self._age() / max(1, training.epochs - state.stage_start))
+            )
+            return
+        state.done = state.epoch >= training.max_epochs
+        if annealed and state.epoch - max(state.best_epoch, state.stage_start) >= training.patience:
+            state.drops += 1
+            state.done = state.done or state.drops > training.lr_drops
+            self.pair.load_state_dict(self.best_state)
+            state.best_epoch = state.epoch
+            self._set_lr(training.lr * LR_DROP**state.drops)
+
+    def _age(self) -> int:
+        return self.progress.epoch - self.progress.stage_start
 
     def _start_stage(self, stage: str) -> None:
         state = self.progress
@@ -365,7 +414,7 @@ class Trainer:
         site = str(self.pair.guide.rotated_site)
         ordered = Minibatches(self.screen, self.split.train, 4096, shuffle=False, device=self.device)
         with _same_draws(self.seed, self.device):
-            loc_nk, scale_nk = encode(self.pair, ordered)[site]
+            loc_nk, scale_nk = encode(self.pair.guide, ordered)[site]
         u_np = torch.from_numpy(self.screen.u(self.split.train))
         turn = sparse_rotation(loc_nk, u_np, variance_k=(scale_nk**2).mean(0), seed=self.seed)
         turn = type(turn)(*(t.to(self.device) for t in turn))
@@ -374,9 +423,10 @@ class Trainer:
         self.pair.guide.rotate(turn)  # type: ignore[operator,union-attr]
         self.optimizer.state.clear()  # the moments belong to the old axes
 
-    def _set_lr(self) -> None:
+    def _set_lr(self, lr: float) -> None:
+        self.progress.lr = lr
         for group in self.optimizer.param_groups:
-            group["lr"] = self.progress.lr
+            group["lr"] = lr
 
     # ---------------------------------------------------------- checkpoints
 
@@ -394,7 +444,7 @@ class Trainer:
         if self.out is None:
             return
         state = {
-            "hash": self._hash(),
+            "hash": self.hash,
             "progress": asdict(self.progress),
             "pair": self.pair.state_dict(),
             "best": self.best_state,
@@ -408,7 +458,7 @@ class Trainer:
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint could not be written to {self.out}: {error}. The last one is untouched: "
-                "free space, then go on with resume"
+                "free space, then go on with resume=True"
             ) from error
 
     def resume(self) -> None:
@@ -423,7 +473,7 @@ class Trainer:
         if not file.exists():
             return
         state = load_tensors(file, "cpu")
-        if state.get("hash") != self._hash():
+        if state.get("hash") != self.hash:
             raise CheckpointError(
                 f"{file} was written with other settings, data or code; a resumed run must be the same run. "
                 "Use the settings of the first run, or another folder"
@@ -436,11 +486,11 @@ class Trainer:
         if state["rng_cuda"] is not None:
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
         last = self.training.epochs or self.training.max_epochs
-        self.progress.done = self.progress.done and self.progress.epoch >= last
+        self.progress.done = self.progress.epoch >= last or self.progress.drops > self.training.lr_drops
 
     def result(self) -> Fit:
         """The fit with the best weights so far."""
-        if self.progress.stage == "training":
+        if self.progress.stage == "training" and self.progress.best_epoch >= 0:
             self.pair.load_state_dict(self.best_state)
         self.pair.train(False)
         history = pd.DataFrame(self.progress.history)
@@ -480,6 +530,17 @@ def _check_needs(model: nn.Module, screen: Screen) -> None:
         screen.require_normalised()
 
 
+def _check_sites(pair: Pair, batch: Batch, named: Mapping[str, float]) -> None:
+    """Refuse weights of sites that do not exist: they would do nothing."""
+    if not named:
+        return
+    traces = [poutine.trace(program).get_trace(batch) for program in (pair.model, pair.guide)]
+    sites = {name for trace in traces for name in sample_sites(trace)}
+    strange = sorted(named.keys() - sites)
+    if strange:
+        raise PairError(f"weights= and warmup= take sites of the pair ({sorted(sites)}), found {strange}")
+
+
 def _warm_epochs(asked: int | None, pair: Pair, epochs: int | None) -> int:
     able = can_rotate(pair.model, pair.guide)
     if asked and not able:
@@ -488,8 +549,13 @@ def _warm_epochs(asked: int | None, pair: Pair, epochs: int | None) -> int:
             "settings they have no gates to open; pass warm_start=0"
         )
     if asked is None:
-        asked = 40 if able else 0
+        asked = 25 if able else 0
         asked = asked if epochs is None else min(asked, int(0.4 * epochs))
+    if epochs is not None and asked >= epochs:
+        raise TrainingError(
+            f"expected more epochs than the warm start takes, found epochs={epochs}, warm_start={asked}; "
+            "the gates are learned after it. Lower warm_start="
+        )
     return asked
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_causalcell.nets import Rotation
+from pyro_causalcell.batch import Rotation
 
 __all__ = ["can_rotate", "sparse_rotation"]
 
@@ -31,7 +31,7 @@ def sparse_rotation(
     """Find the axes in which the targets' shifts are sparse.
 
     Shifts are regressed on the design, latents are whitened within perturbations, then the rotation that
-    minimises the smoothed L1 norm of the shifts is sought from quartimax solutions of random starts.
+    minimises the smoothed L1 norm of the shifts is sought from random starts and their quartimax solutions.
 
     Args:
         z_nk: Posterior means of the training cells.
@@ -46,36 +46,43 @@ def sparse_rotation(
     Source: the sparsity principle is Lachapelle et al., CLeaR 2022; quartimax is Carroll 1953.
     """
     z, u = z_nk.double().cpu().numpy(), u_np.double().cpu().numpy()
-    has_control = bool((u == 0).all(1).any())
-    centre_k, shift_pk, within_kk = _regress(z, u, has_control)
+    seen_p = u.any(0)
+    centre_k, shift_pk, within_kk, is_known = _regress(z, u[:, seen_p])
     if variance_k is not None:
         within_kk = within_kk + np.diag(variance_k.double().cpu().numpy())
     values, vectors = np.linalg.eigh(within_kk)
     whiten_kk = vectors / np.sqrt(np.maximum(values, 1e-8 * values.max())) @ vectors.T
     white_pk = shift_pk @ whiten_kk
-    starts = np.random.default_rng(seed).standard_normal((n_starts, z.shape[1], z.shape[1]))
-    rotations = [_refine(white_pk, _quartimax(white_pk, np.linalg.qr(start)[0])) for start in starts]
-    rotation_kk = min(rotations, key=lambda r: np.abs(white_pk @ r).sum())
-    rotated_pk = white_pk @ rotation_kk
+    random = np.random.default_rng(seed).standard_normal((n_starts, z.shape[1], z.shape[1]))
+    starts = [np.linalg.qr(start)[0] for start in random]
+    starts += [_quartimax(white_pk, start) for start in starts]  # often one and the same, not always near
+    rotations = [_refine(white_pk, start, is_known) for start in starts]
+    rotation_kk = min(rotations, key=lambda r: np.abs(_centred(white_pk @ r, is_known)).sum())
     map_kk = (whiten_kk @ rotation_kk).T
-    centre_k = map_kk @ centre_k
-    if not has_control:  # most perturbations leave an axis alone: its typical position is zero
-        median_k = np.median(rotated_pk, 0)
-        rotated_pk, centre_k = rotated_pk - median_k, centre_k + median_k
+    turned_pk = white_pk @ rotation_kk
+    rotated_pk = np.zeros((u.shape[1], z.shape[1]))  # targets that no cell carries stay at zero
+    rotated_pk[seen_p] = _centred(turned_pk, is_known)
+    centre_k = map_kk @ centre_k + (turned_pk - rotated_pk[seen_p])[0]
     tensors = (torch.as_tensor(a, dtype=torch.float32) for a in (map_kk, -centre_k, rotated_pk))
     return Rotation(*(t.to(z_nk.device) for t in tensors))
 
 
-def _regress(z: np.ndarray, u: np.ndarray, has_control: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Position of control, shift of each target, covariance of what is left."""
-    design = np.column_stack([np.ones(len(u)), u]) if has_control else u
-    coefficients = np.linalg.lstsq(design, z, rcond=None)[0]
+def _regress(z: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Position of control, shift of each target, covariance of what is left; is that position known?
+
+    Control cells tell it, and so do combinations or doses beside single targets. Where nothing does, the
+    typical target stands in.
+    """
+    design = np.column_stack([np.ones(len(u)), u])
+    coefficients, _, rank, _ = np.linalg.lstsq(design, z, rcond=None)
     residual = z - design @ coefficients
     within_kk = residual.T @ residual / len(z)
-    if has_control:
-        return coefficients[0], coefficients[1:], within_kk
-    centre_k = np.median(coefficients, 0)
-    return centre_k, coefficients - centre_k, within_kk
+    centre_k, shift_pk = coefficients[0], coefficients[1:]
+    is_known = rank == design.shape[1]
+    if not is_known:
+        median_k = np.median(shift_pk, 0)
+        centre_k, shift_pk = centre_k + median_k, shift_pk - median_k
+    return centre_k, shift_pk, within_kk, bool(is_known)
 
 
 def _polar(a: np.ndarray) -> np.ndarray:
@@ -90,10 +97,16 @@ def _quartimax(m: np.ndarray, rotation: np.ndarray, n_steps: int = 100) -> np.nd
     return rotation
 
 
-def _refine(m: np.ndarray, rotation: np.ndarray, n_steps: int = 100) -> np.ndarray:
+def _centred(y: np.ndarray, is_known: bool) -> np.ndarray:
+    """Where control's position is not known, the zero of each axis is where most targets are."""
+    return y if is_known else y - np.median(y, 0)
+
+
+def _refine(m: np.ndarray, rotation: np.ndarray, is_known: bool, n_steps: int = 100) -> np.ndarray:
     """Minimise Σ √(y² + ε²) over rotations by majorisation; each step is an SVD. ε shrinks."""
     for epsilon in (1.0, 0.5, 0.2):
         for _ in range(n_steps):
-            y = m @ rotation
+            y = _centred(m @ rotation, is_known)
+            m = y @ rotation.T
             rotation = _polar(m.T @ ((1 / epsilon - 1 / np.sqrt(y**2 + epsilon**2)) * y))
     return rotation

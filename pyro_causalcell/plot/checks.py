@@ -1,6 +1,7 @@
 """Does the model produce data like the data? Predictive checks, calibration, importance weights."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -56,13 +57,21 @@ def predictive_checks(
     return figure
 
 
-def _totals(ax: Axes, observed_n: NDArray, predicted_n: NDArray, unit: str, log: bool) -> None:
+def _totals(ax: Axes, observed_n: NDArray[Any], predicted_n: NDArray[Any], unit: str, log: bool) -> None:
     pooled = np.concatenate([observed_n, predicted_n])
     pooled = pooled[pooled > 0] if log else pooled
     edge = np.geomspace if log else np.linspace
-    bins = edge(pooled.min(), pooled.max() * (1 + 1e-6) + 1e-9, 31)
+    bins = list(edge(pooled.min(), pooled.max() * (1 + 1e-6) + 1e-9, 31))
     ax.hist(observed_n, bins=bins, density=True, color=GREY, alpha=0.45, label="observed")
-    ax.hist(predicted_n, bins=bins, density=True, histtype="step", color=VERMILLION, linewidth=1.6, label="predicted")
+    ax.hist(
+        predicted_n,
+        bins=bins,
+        density=True,
+        histtype="step",
+        color=VERMILLION,
+        linewidth=1.6,
+        label="predicted",
+    )
     if log:
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -73,7 +82,14 @@ def _totals(ax: Axes, observed_n: NDArray, predicted_n: NDArray, unit: str, log:
 
 
 def _against(
-    ax: Axes, observed: NDArray, predicted: NDArray, colour: str, title: str, label: str, *, log: bool
+    ax: Axes,
+    observed: NDArray[Any],
+    predicted: NDArray[Any],
+    colour: str,
+    title: str,
+    label: str,
+    *,
+    log: bool,
 ) -> None:
     if log:
         positive = (observed > 0) & (predicted > 0)
@@ -89,16 +105,30 @@ def _against(
 
 
 def _mean_variance(
-    ax: Axes, means: tuple[NDArray, NDArray], variances: tuple[NDArray, NDArray], unit: str, log: bool
+    ax: Axes,
+    means: tuple[NDArray[Any], NDArray[Any]],
+    variances: tuple[NDArray[Any], NDArray[Any]],
+    unit: str,
+    log: bool,
 ) -> None:
     looks = (("observed", GREY, "o"), ("predicted", ORANGE, "D"))
     for mean_g, variance_g, (label, colour, marker) in zip(means, variances, looks, strict=True):
         ax.scatter(
-            mean_g, variance_g, s=11, color=colour, marker=marker, alpha=0.55, linewidths=0, label=label, rasterized=True
+            mean_g,
+            variance_g,
+            s=11,
+            color=colour,
+            marker=marker,
+            alpha=0.55,
+            linewidths=0,
+            label=label,
+            rasterized=True,
         )
     if log:
         ax.set(xscale="log", yscale="log")
-    ax.set(xlabel=f"mean of the gene ({unit})", ylabel=f"variance ({unit}²)", title="Mean and variance per gene")
+    ax.set(
+        xlabel=f"mean of the gene ({unit})", ylabel=f"variance ({unit}²)", title="Mean and variance per gene"
+    )
     ax.grid()
     ax.legend(loc="upper left")
 
@@ -121,38 +151,41 @@ def reliability(
         figure = new_figure(4.4, 4.2)
         ax = figure.subplots()
         ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.9, linestyle="--", label="perfect")
-        for name, (promised, true) in curves.items():
-            ax.plot(promised, true, marker="o", markersize=4.5, label=name)
+        for i, (name, (promised, true)) in enumerate(curves.items()):
+            marker, size = "osD^v"[i % 5], max(8.0 - 1.8 * i, 3.0)  # curves that coincide stay visible
+            ax.plot(
+                promised, true, marker=marker, markersize=size, linewidth=max(3.0 - 0.9 * i, 1.0), label=name
+            )
         ax.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel=xlabel, ylabel=ylabel, title=title, aspect="equal")
         ax.grid()
         ax.legend(loc="upper left")
     return figure
 
 
-def pareto_k(k_n: ArrayLike, threshold: float = 0.7) -> Figure:
+def pareto_k(k_n: ArrayLike, threshold: float = 0.7, widest: float = 1.5) -> Figure:
     """Histogram of the Pareto k of each cell's importance weights.
 
     Args:
-        k_n: Pareto k of each cell.
+        k_n: Pareto k of each cell; one that is not finite counts as large.
         threshold: Above this the estimate for that cell is not reliable.
+        widest: Larger values are drawn here.
     """
-    k = np.asarray(k_n, dtype=float)
-    k = k[np.isfinite(k)]
-    low, high = min(k.min(), 0.0), max(k.max(), threshold + 0.1)
-    width = (high - low) / 40
-    bins = threshold + width * np.arange(np.floor((low - threshold) / width), np.ceil((high - threshold) / width) + 1)
+    k = np.nan_to_num(np.asarray(k_n, dtype=float), nan=np.inf, posinf=np.inf)
+    drawn = np.clip(k, threshold - 1.5, widest)
+    width = 0.05
+    n_left = np.ceil((threshold - min(drawn.min(), 0.0)) / width)
+    n_right = np.ceil((max(drawn.max(), threshold + 0.1) - threshold) / width) + 1
+    bins = list(threshold + width * np.arange(-n_left, n_right + 1))
     with style():
         figure = new_figure(4.6, 3.2)
         ax = figure.subplots()
-        _, _, bars = ax.hist(k, bins=bins, color=BLUE)
-        for left, bar in zip(bins[:-1], bars, strict=True):  # type: ignore[arg-type]
-            if left >= threshold - 1e-9:
-                bar.set_facecolor(VERMILLION)
+        good = drawn <= threshold
+        ax.hist(drawn[good], bins=bins, color=BLUE)
+        ax.hist(drawn[~good], bins=bins, color=VERMILLION)
         ax.axvline(threshold, color=BLACK, linewidth=1.0, linestyle="--")
-        share = float((k > threshold).mean())
-        ax.set(
-            xlabel="Pareto k of a cell", ylabel="cells", title=f"{share:.1%} of {len(k)} cells above {threshold:g}"
-        )
+        label = "Pareto k of a cell" + (f" (larger drawn at {widest:g})" if (k > widest).any() else "")
+        share = float((~good).mean())
+        ax.set(xlabel=label, ylabel="cells", title=f"{share:.1%} of {len(k)} cells above {threshold:g}")
         ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(axis="y")
     return figure

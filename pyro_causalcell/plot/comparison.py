@@ -55,7 +55,9 @@ def compare_methods(scores: pd.DataFrame, highlight: str | None = None, seed: in
 
 def _dots(ax: Axes, y: int, value_c: NDArray[np.float64], colour: str, rng: np.random.Generator) -> None:
     if len(value_c) == 0:
-        ax.text(0.5, y, "not defined", transform=ax.get_yaxis_transform(), ha="center", va="center", color=GREY)
+        ax.text(
+            0.5, y, "not defined", transform=ax.get_yaxis_transform(), ha="center", va="center", color=GREY
+        )
         return
     jitter = rng.uniform(-0.22, 0.22, len(value_c))
     ax.scatter(value_c, y + jitter, s=9, color=colour, alpha=0.3, linewidths=0)
@@ -107,7 +109,15 @@ def _study_panel(ax: Axes, here: pd.DataFrame, place: dict[str, int], oracle: st
     rows = here[here["method"] != oracle]
     y = rows["method"].map(place).to_numpy(dtype=float)
     ax.errorbar(rows["mean"], y, xerr=rows["sd"].fillna(0.0), fmt="o", color=BLUE, markersize=5.5, capsize=2)
-    ax.plot(rows["paper"], y, "D", markerfacecolor="none", markeredgecolor=OKABE_ITO[1], markersize=6, linestyle="none")
+    ax.plot(
+        rows["paper"],
+        y,
+        "D",
+        markerfacecolor="none",
+        markeredgecolor=OKABE_ITO[1],
+        markersize=6,
+        linestyle="none",
+    )
     ax.tick_params(axis="y", length=0)
     ax.locator_params(axis="x", nbins=4)
     ax.grid(axis="x")
@@ -116,7 +126,9 @@ def _study_panel(ax: Axes, here: pd.DataFrame, place: dict[str, int], oracle: st
 def _study_legend() -> list[Line2D]:
     diamond = {"marker": "D", "linestyle": "none", "markerfacecolor": "none"}
     return [
-        Line2D([], [], marker="o", linestyle="none", color=BLUE, label="this package (mean ± s.d. over seeds)"),
+        Line2D(
+            [], [], marker="o", linestyle="none", color=BLUE, label="this package (mean ± s.d. over seeds)"
+        ),
         Line2D([], [], markeredgecolor=OKABE_ITO[1], label="paper", **diamond),  # type: ignore[arg-type]
         Line2D([], [], color=GREY, linestyle="--", label="true model (oracle)"),
     ]

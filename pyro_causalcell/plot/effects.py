@@ -28,7 +28,9 @@ def effect_intervals(effects: xr.Dataset, condition: str, n_genes: int = 15) -> 
     if condition not in known:
         raise DataError(f"no effects of {condition!r}; there are effects of {known}.")
     one = effects.sel(condition=condition)
-    mean_g, low_g, high_g = (one[name].values.astype(float) for name in ("gene_effect", "gene_low", "gene_high"))
+    mean_g, low_g, high_g = (
+        one[name].values.astype(float) for name in ("gene_effect", "gene_low", "gene_high")
+    )
     sure_g = np.where(low_g * high_g > 0, np.minimum(np.abs(low_g), np.abs(high_g)), 0.0)
     best = np.lexsort((np.abs(mean_g), sure_g))[-n_genes:]
     best = best[np.argsort(mean_g[best])]

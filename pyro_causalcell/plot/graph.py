@@ -80,8 +80,8 @@ def graph_heatmap(graph: pd.DataFrame, threshold: float = _OPEN) -> Figure:
             c=effect.ravel(),
             cmap=DIVERGING,
             norm=Normalize(-limit, limit),
-            edgecolors=np.where(opened.ravel(), "#20242A", "none"),
-            linewidths=np.where(opened.ravel(), 0.8, 0.0),
+            edgecolors=["#20242A" if is_open else "none" for is_open in opened.ravel()],
+            linewidths=[0.8 if is_open else 0.0 for is_open in opened.ravel()],
             zorder=2,
         )
         ax.set(xlim=(-0.6, len(columns) - 0.4), ylim=(len(rows) - 0.4, -0.6))
@@ -95,7 +95,7 @@ def graph_heatmap(graph: pd.DataFrame, threshold: float = _OPEN) -> Figure:
         ax.set(xlabel="programme", ylabel="perturbation")
         bar = figure.colorbar(dots, ax=ax, shrink=min(1.0, 2.4 / (cell * len(rows) + 0.1)), anchor=(0, 1.0))
         bar.set_label("effect (s.d. of control cells)")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         _probability_legend(figure, largest, threshold)
     return figure
 
@@ -123,7 +123,7 @@ def top_genes(
     programmes: Sequence[str] | None = None,
     n_genes: int = 12,
     n_columns: int = 4,
-    unit: str = "log2 fold change per unit of the programme",
+    unit: str = "change per unit of the programme (s.d. of the gene)",
 ) -> Figure:
     """The genes that follow each programme most, one panel a programme.
 
@@ -144,7 +144,7 @@ def top_genes(
     n_columns = min(n_columns, len(shown))
     n_rows = -(-len(shown) // n_columns)
     with style():
-        figure = new_figure(2.6 * n_columns, n_rows * (0.17 * n_genes + 0.7) + 0.3)
+        figure = new_figure(2.6 * n_columns, n_rows * (0.17 * n_genes + 0.7) + 0.3, gap=0.08)
         for ax, name in zip(axes_grid(figure, len(shown), n_columns), shown, strict=True):
             row = loadings.loc[name]
             top = row.loc[row.abs().nlargest(n_genes).index].sort_values()
@@ -156,5 +156,4 @@ def top_genes(
             ax.set_title(name)
             ax.locator_params(axis="x", nbins=4)
         figure.supxlabel(unit, fontsize=9)
-        figure.get_layout_engine().set(h_pad=0.08, w_pad=0.06)  # type: ignore[union-attr]
     return figure

@@ -2,13 +2,27 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-__all__ = ["BLACK", "BLUE", "DIVERGING", "GREEN", "GREY", "OKABE_ITO", "ORANGE", "VERMILLION", "new_figure", "style"]
+__all__ = [
+    "BLACK",
+    "BLUE",
+    "DIVERGING",
+    "GREEN",
+    "GREY",
+    "OKABE_ITO",
+    "ORANGE",
+    "VERMILLION",
+    "new_figure",
+    "style",
+]
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -18,7 +32,7 @@ DIVERGING = LinearSegmentedColormap.from_list(
     "blue_vermillion", ["#003B5C", BLUE, "#8CC1E0", "#F4F4F2", "#F3A76C", VERMILLION, "#6E2C00"]
 )
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -28,7 +42,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#4A4F57",
-    "axes.prop_cycle": matplotlib.cycler(color=OKABE_ITO),
+    "axes.prop_cycle": cycler(color=OKABE_ITO),
     "axes.axisbelow": True,
     "grid.color": "#E6E8EB",
     "grid.linewidth": 0.7,
@@ -47,9 +61,9 @@ def style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(_STYLE)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of ``width`` by ``height`` inches that no pyplot window knows of."""
-    return Figure(figsize=(width, height), layout="constrained")
+def new_figure(width: float, height: float, gap: float = 0.05) -> Figure:
+    """An empty figure in inches, with ``gap`` around each panel, that pyplot knows nothing of."""
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(h_pad=gap, w_pad=gap))
 
 
 def axes_grid(figure: Figure, n_panels: int, n_columns: int) -> Sequence[Axes]:

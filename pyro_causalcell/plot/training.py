@@ -10,6 +10,8 @@ from pyro_causalcell.plot.style import BLUE, GREY, VERMILLION, new_figure, style
 
 __all__ = ["training_curve"]
 
+_SMALLEST = 1e-4  # nats per cell: smaller terms are not drawn
+
 
 def training_curve(history: pd.DataFrame) -> Figure:
     """Loss per epoch, and each term of it.
@@ -24,7 +26,7 @@ def training_curve(history: pd.DataFrame) -> Figure:
     losses = [c for c in ("train_loss", "validation_loss") if c in history and history[c].notna().any()]
     if not losses:
         raise DataError(f"history needs train_loss or validation_loss; its columns are {list(history)}.")
-    terms = [c for c in history if str(c).startswith("term_") and history[c].notna().any()]
+    terms = [c for c in history if str(c).startswith("term_") and history[c].abs().max() > _SMALLEST]
     with style():
         figure = new_figure(9.0 if terms else 5.0, 3.2)
         axes = figure.subplots(1, 2 if terms else 1, squeeze=False)[0]
@@ -39,15 +41,24 @@ def _losses(ax: Axes, history: pd.DataFrame, losses: list[str]) -> None:
     label = {"train_loss": "training", "validation_loss": "validation"}
     for column in losses:
         ax.plot(history.index, history[column], color=colour[column], label=label[column])
-    last = history["stage"] == history["stage"].iloc[-1] if "stage" in history else history[losses[-1]].notna()
+    last = (
+        history["stage"] == history["stage"].iloc[-1] if "stage" in history else history[losses[-1]].notna()
+    )
     best = history.loc[last, losses[-1]].idxmin()
     ax.plot(best, history[losses[-1]].loc[best], "o", color=VERMILLION, label=f"lowest: epoch {best}")
     if "stage" in history:
         for start in history.index[history["stage"] != history["stage"].shift()][1:]:
             ax.axvline(start, color=GREY, linewidth=0.8, linestyle=":")
             ax.annotate(
-                str(history["stage"].loc[start]), (start, 1), (3, -2), xycoords=("data", "axes fraction"),
-                textcoords="offset points", rotation=90, va="top", fontsize=7, color=GREY,
+                str(history["stage"].loc[start]),
+                (start, 1),
+                (3, -2),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                rotation=90,
+                va="top",
+                fontsize=7,
+                color=GREY,
             )
     _skip_start(ax, history[losses])
     ax.set(xlabel="epoch", ylabel="loss (nats per cell)", title="Loss")
@@ -66,8 +77,8 @@ def _skip_start(ax: Axes, losses: pd.DataFrame) -> None:
 
 def _terms(ax: Axes, history: pd.DataFrame, terms: list[str]) -> None:
     for column in terms:
-        size = history[column].abs().clip(lower=1e-3)
-        ax.plot(history.index, size, label=str(column).removeprefix("term_"))
+        size = history[column].abs()
+        ax.plot(history.index, size.where(size > _SMALLEST), label=str(column).removeprefix("term_"))
     ax.set_yscale("log")
     ax.set(xlabel="epoch", ylabel="size (nats per cell, log scale)", title="Terms of the loss")
     ax.grid(axis="y")

@@ -18,7 +18,7 @@ from pyro_causalcell.data import Minibatches, Screen
 from pyro_causalcell.errors import PredictionError
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.posterior import encode, is_local, sample_sites
-from pyro_causalcell.predict.globals import global_draws, programme_names, stub_batch
+from pyro_causalcell.predict.globals import global_draws, global_means, programme_names, stub_batch
 
 __all__ = ["cell_latents", "cell_trace", "latents", "predict", "prior_cells", "replicate", "seeded"]
 
@@ -44,7 +44,8 @@ def predict(
     Cells are spread over draws of the global latents (gates and shifts), so together they carry what
     the posterior does not know. From the prior, latents are drawn afresh. From ``basal`` cells, each
     predicted cell is the counterfactual of a chosen one: its latents' noise is kept (abduction), the
-    perturbation is exchanged (action), and the measurement is drawn again (prediction).
+    perturbation is exchanged (action), and the measurement is drawn again (prediction). All conditions
+    then show the same cells with the same noise.
 
     Args:
         fit: The fit.
@@ -73,21 +74,23 @@ def predict(
     names = [fit.screen.canonical(c) for c in conditions]
     u_cp = torch.from_numpy(fit.screen.design(names))
     rng = np.random.default_rng(seed)
+    rows = None if basal is None else rng.integers(basal.n_cells, size=n_cells)
+    noise_seed = int(rng.integers(2**31))
     blocks = []
     with seeded(fit, seed):
         for name, u_p in zip(names, u_cp, strict=True):
             u_np = u_p.expand(n_cells, -1).to(fit.device)
             cells, factual = None, None
-            if basal is None:
+            if basal is None or rows is None:
+                noise_seed = int(rng.integers(2**31))
                 batch = prior_cells(fit, u_np, seed=int(rng.integers(2**31)))
             else:
-                rows = rng.integers(basal.n_cells, size=n_cells)
                 cells = basal.adata.obs_names.to_numpy()[rows].astype(str).tolist()
                 factual = next(iter(Minibatches(basal, rows, n_cells, shuffle=False, device=fit.device)))
                 batch = factual._replace(u_np=u_np)
             if library is not None:
                 batch = batch._replace(library_n1=torch.full_like(batch.library_n1, library))
-            blocks.append(_draw_condition(fit, name, batch, cells, factual, int(rng.integers(2**31))))
+            blocks.append(_draw_condition(fit, name, batch, cells, factual, noise_seed))
     x_ng = np.concatenate([b["x"] for b in blocks])
     obs = pd.concat([b["obs"] for b in blocks], ignore_index=True)
     obs.index = [f"predicted_{i}" for i in range(len(obs))]
@@ -130,6 +133,7 @@ def _draw_condition(
     x_ng, z_nk = [], []
     for s, index in enumerate(torch.arange(n, device=fit.device).tensor_split(min(n, MAX_DRAWS))):
         draw = {site: values[s] for site, values in draws.items()}
+        torch.manual_seed(seed + s)  # whatever the draws of counts before it have used up
         trace = cell_trace(fit, take(batch, index), draw, None if factual is None else take(factual, index))
         x_ng.append(trace.nodes["x"]["value"])
         z_nk.append(cell_latents(trace))
@@ -235,7 +239,7 @@ def replicate(fit: Fit, screen: Screen, rows: np.ndarray, n_samples: int = 20, s
 
 
 def latents(fit: Fit, screen: Screen) -> ad.AnnData:
-    """Posterior mean and standard deviation of each cell's programmes.
+    """Posterior mean and standard deviation of each cell's programmes, at the posterior means of the edges.
 
     Args:
         fit: The fit.
@@ -245,10 +249,10 @@ def latents(fit: Fit, screen: Screen) -> ad.AnnData:
         AnnData without x: the cells' obs, ``obsm["X_causalcell"]``, ``obsm["X_causalcell_sd"]``, and the
         programmes' names in ``uns["causalcell"]["programmes"]``.
     """
-    fit.pair.train(False)
+    guide = poutine.condition(fit.guide, data=global_means(fit))
     batches = Minibatches(screen, np.arange(screen.n_cells), 4096, shuffle=False, device=fit.device)
     with seeded(fit, fit.seed):
-        moments = encode(fit.pair, batches)
+        moments = encode(guide, batches)
     result = ad.AnnData(obs=screen.adata.obs.copy())
     result.obsm["X_causalcell"] = torch.cat([m for m, _ in moments.values()], -1).numpy()
     result.obsm["X_causalcell_sd"] = torch.cat([s for _, s in moments.values()], -1).numpy()

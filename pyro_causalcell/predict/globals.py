@@ -7,7 +7,7 @@ from torch import Tensor
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.errors import PredictionError
 from pyro_causalcell.inference import Fit
-from pyro_causalcell.inference.posterior import global_sites
+from pyro_causalcell.inference.posterior import encode, global_sites
 
 __all__ = ["edge_names", "global_draws", "global_means", "graph", "programme_names", "stub_batch"]
 
@@ -97,13 +97,23 @@ def edge_names(fit: Fit, n_edges: int) -> list[str]:
 def programme_names(fit: Fit) -> list[str]:
     """``programme_1``, ... in the order of the latents; models with blocks name their own."""
     named = getattr(fit.model, "programme_names", None)
-    return named() if named else [f"programme_{i + 1}" for i in range(fit.model.n_latents)]  # type: ignore[arg-type]
+    return named() if named else [f"programme_{i + 1}" for i in range(_n_latents(fit))]
+
+
+def _n_latents(fit: Fit) -> int:
+    """Numbers that the guide gives to each cell; a user's own model need not tell."""
+    fit.pair.train(False)
+    with torch.random.fork_rng():
+        moments = encode(fit.guide, [stub_batch(fit, torch.zeros(1, fit.dims.n_targets))])
+    return sum(loc.shape[-1] for loc, _ in moments.values())
 
 
 def _global_distributions(fit: Fit) -> dict[str, torch.distributions.Distribution]:
     fit.pair.train(False)
     batch = stub_batch(fit, torch.zeros(1, fit.dims.n_targets))
-    sites = global_sites(fit.pair, batch)
+    with torch.random.fork_rng(devices=[fit.device] if fit.device.type == "cuda" else []):
+        torch.manual_seed(fit.seed)
+        sites = global_sites(fit.pair, batch)
     return {name: _unwrapped(site["fn"]) for name, site in sites.items()}
 
 
@@ -113,5 +123,3 @@ def _unwrapped(fn: torch.distributions.Distribution) -> torch.distributions.Dist
 
 def _is_gate(fn: torch.distributions.Distribution) -> bool:
     return isinstance(fn, torch.distributions.Bernoulli)
-
-

@@ -31,9 +31,9 @@ __all__ = ["Cells", "Evidence", "gather", "programme_genes", "scored_means"]
 INTERVAL = 0.9
 _CHECKED = 2000  # cells of the predictive checks: more do not change the picture
 _WEIGHED = 500  # cells of the importance-weighted likelihood, the slowest part
-_REPLICATES = 40
+_REPLICATES = 25
 _MANY = 20  # held-out cells a condition needs before its mean is worth predicting
-_DRAWN = 500  # cells drawn from the model for a condition's mean
+_DRAWN = 2000  # cells drawn from the model for a condition's mean: their noise must not count
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Evidence:
         checked: Cells of the predictive checks.
         checks: Arguments of ``plot.predictive_checks``.
         check_table: What ``evaluate.check`` returns.
-        coverage: Columns cells, nominal, observed.
+        coverage: Columns values, nominal, observed.
         weighed: Cells of the likelihood.
         likelihood: nll, pareto_k, ess and mc_se of each.
         n_particles: Draws per cell of the likelihood.
@@ -104,7 +104,9 @@ def gather(fit: Fit, screen: Screen, n_particles: int, seed: int) -> Evidence:
     """
     held_out = _held_out(fit, screen)
     edges = _edges(fit)
-    likely = [p for p in dict.fromkeys(edges.loc[edges["probability"] > 0.5, "perturbation"]) if p in screen.targets]
+    likely = [
+        p for p in dict.fromkeys(edges.loc[edges["probability"] > 0.5, "perturbation"]) if p in screen.targets
+    ]
     checked = held_out.sample(_CHECKED, seed)
     weighed = held_out.sample(_WEIGHED, seed)
     checks, table, covered = _checks(fit, screen, checked.rows, likely, seed)
@@ -138,8 +140,8 @@ def _held_out(fit: Fit, screen: Screen) -> Cells:
     fitted = len(split.train) + len(split.validation) + len(split.test)
     if screen.n_cells != fitted:
         raise DataError(
-            f"the fit's split is of {fitted} cells and these data have {screen.n_cells}; pass the AnnData that "
-            "was fitted."
+            f"the fit's split is of {fitted} cells and these data have {screen.n_cells}; pass the AnnData "
+            "that was fitted."
         )
     if len(split.test):
         return Cells(split.test, f"{len(split.test):,} held-out test cells")
@@ -152,22 +154,23 @@ def _checks(
     fit: Fit, screen: Screen, rows: NDArray[np.int64], likely: list[str], seed: int
 ) -> tuple[dict[str, NDArray[np.float64]], pd.DataFrame, pd.DataFrame]:
     observed_ng, condition_n = screen.x(rows), screen.condition_n[rows]
-    checks, pit_ng = compare_replicates(
-        observed_ng, _replicates(fit, screen, rows, seed), condition_n, seed
-    )
+    compared = compare_replicates(observed_ng, _replicates(fit, screen, rows, seed), condition_n, seed)
     table = check(
         observed_ng, _replicates(fit, screen, rows, seed), condition_n, screen.conditions, interval=INTERVAL
     )
-    hit_n = np.isin(condition_n, [screen.conditions.index(c) for c in likely if c in screen.conditions])
-    groups = {
-        "control cells": condition_n == 0,
-        "perturbed, likely effect": hit_n,
-        "perturbed, no likely effect": (condition_n != 0) & ~hit_n,
+    u_cp = screen.design([screen.conditions[c] for c in compared.condition_c])
+    hit_c = (u_cp[:, np.isin(screen.targets, likely)] != 0).any(1)
+    transforms = {
+        "values of single cells": compared.pit_ng,
+        "means of conditions with a likely effect": compared.pit_cg[hit_c],
+        "means of the other conditions": compared.pit_cg[~hit_c],
     }
-    return checks, table, coverage(pit_ng, groups)
+    return compared.checks, table, coverage(transforms)
 
 
-def _replicates(fit: Fit, screen: Screen, rows: NDArray[np.int64], seed: int) -> Iterator[NDArray[np.float32]]:
+def _replicates(
+    fit: Fit, screen: Screen, rows: NDArray[np.int64], seed: int
+) -> Iterator[NDArray[np.float32]]:
     """Copies of the cells one at a time, so that few are in memory."""
     return (replicate(fit, screen, rows, n_samples=1, seed=seed + s)[0] for s in range(_REPLICATES))
 
@@ -175,23 +178,25 @@ def _replicates(fit: Fit, screen: Screen, rows: NDArray[np.int64], seed: int) ->
 def programme_genes(fit: Fit, screen: Screen, n_cells: int = 256, seed: int = 0) -> pd.DataFrame:
     """How each gene follows each programme.
 
-    Control cells are drawn from the model; one programme at a time is set half a unit up and half a unit
-    down, all others held.
+    Control cells with the median library are drawn from the model; one programme at a time is set half a
+    unit up and half a unit down, all others held.
 
     Args:
         fit: The fit.
-        screen: Cells whose libraries and batches are used.
+        screen: Cells whose library and batches are used.
         n_cells: Control cells drawn.
         seed: Of the draws.
 
     Returns:
-        Programme by gene: log2 fold change of the expected count per unit, or, for normalised data, difference
-        of the expected value.
+        Programme by gene: change of the expected value per unit, in standard deviations of the gene among
+        these cells. So a gene leads because its change stands out, not because it is rare.
     """
     control = fit.split.train[screen.condition_n[fit.split.train] == 0]
     rows = np.random.default_rng(seed).choice(control, min(n_cells, len(control)), replace=False)
     batch = next(iter(Minibatches(screen, rows, len(rows), shuffle=False, device=fit.device)))
-    batch = batch._replace(x_ng=None)
+    batch = batch._replace(
+        x_ng=None, library_n1=torch.full_like(batch.library_n1, float(batch.library_n1.median()))
+    )
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         drawn = sample_sites(poutine.trace(fit.model).get_trace(batch))
@@ -199,14 +204,16 @@ def programme_genes(fit: Fit, screen: Screen, n_cells: int = 256, seed: int = 0)
 
         def mean_g(name: str, moved: torch.Tensor) -> torch.Tensor:
             model = poutine.condition(fit.model, data={**latents, name: moved})
-            return poutine.trace(model).get_trace(batch).nodes["x"]["fn"].mean.mean(0)  # type: ignore[no-any-return]
+            return poutine.trace(model).get_trace(batch).nodes["x"]["fn"].mean.mean(0)
 
-        change = []
+        fn = drawn["x"]["fn"]
+        sd_g = (fn.variance.mean(0) + fn.mean.var(0)).sqrt()
+        change_kg = []
         for name, value_nk in latents.items():
             for step_k in 0.5 * torch.eye(value_nk.shape[-1], device=value_nk.device):
-                up_g, down_g = mean_g(name, value_nk + step_k), mean_g(name, value_nk - step_k)
-                change.append(up_g.log2() - down_g.log2() if screen.is_counts else up_g - down_g)
-    return pd.DataFrame(torch.stack(change).cpu().numpy(), programme_names(fit), screen.genes)
+                change_g = mean_g(name, value_nk + step_k) - mean_g(name, value_nk - step_k)
+                change_kg.append(change_g / sd_g)
+    return pd.DataFrame(torch.stack(change_kg).cpu().numpy(), programme_names(fit), screen.genes)
 
 
 def scored_means(fit: Fit, screen: Screen, rows: NDArray[np.int64], seed: int) -> pd.DataFrame:
@@ -236,10 +243,12 @@ def scored_means(fit: Fit, screen: Screen, rows: NDArray[np.int64], seed: int) -
 
 
 def _model_means(fit: Fit, screen: Screen, conditions: list[str], seed: int) -> NDArray[np.float64]:
-    drawn = predict(fit, conditions, n_cells=_DRAWN, seed=seed)
-    x_ng = np.asarray(drawn.X, dtype=np.float64)
-    if screen.is_counts:
-        given = fit.screen.library is not None
-        x_ng = log_cp10k(x_ng, drawn.obs["library"].to_numpy() if given else x_ng.sum(1))
-    name_n = drawn.obs["condition"].to_numpy()
-    return np.stack([x_ng[name_n == screen.canonical(c)].mean(0) for c in conditions])
+    given = fit.screen.library is not None
+    means = []
+    for condition in conditions:  # one at a time: all of them may not fit in memory
+        drawn = predict(fit, [condition], n_cells=_DRAWN, seed=seed)
+        x_ng = np.asarray(drawn.X, dtype=np.float64)
+        if screen.is_counts:
+            x_ng = log_cp10k(x_ng, drawn.obs["library"].to_numpy() if given else x_ng.sum(1))
+        means.append(x_ng.mean(0))
+    return np.stack(means)

@@ -26,7 +26,9 @@ def items(texts: Sequence[str]) -> str:
 
 def tiles(values: Mapping[str, str]) -> str:
     """A row of big numbers with a label under each."""
-    cells = (f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for label, value in values.items())
+    cells = (
+        f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for label, value in values.items()
+    )
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
@@ -127,13 +129,15 @@ _PAGE = """<!DOCTYPE html>
 """
 
 _CSS = """
-:root { --ink: #20242a; --soft: #5b626c; --line: #e1e4e8; --accent: #0072b2; --paper: #fff; --ground: #f4f6f8; }
+:root { --ink: #20242a; --soft: #5b626c; --line: #e1e4e8; --accent: #0072b2; --paper: #fff;
+  --ground: #f4f6f8; }
 * { box-sizing: border-box; }
 body { margin: 0; color: var(--ink); background: var(--ground);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
 header { background: #12344d; color: #fff; padding: 28px max(24px, calc((100% - 1080px) / 2)); }
 header h1 { margin: 0; font-size: 27px; } header p { margin: 6px 0 0; color: #c9d9e6; }
-nav { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: 2px 18px; background: var(--paper);
+nav { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: 2px 18px;
+  background: var(--paper);
   padding: 9px max(24px, calc((100% - 1080px) / 2)); border-bottom: 1px solid var(--line); font-size: 14px; }
 nav a { color: var(--accent); text-decoration: none; } nav a:hover { text-decoration: underline; }
 main { max-width: 1128px; margin: 0 auto; padding: 8px 24px; }
@@ -145,11 +149,14 @@ p, ul { max-width: 82ch; margin: 8px 0; } li { margin: 4px 0; } ul { padding-lef
 .warn { border-left: 4px solid #d55e00; padding: 6px 12px; background: #fdf3ec; }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 14px 0; }
 .tiles div { flex: 1 1 130px; background: var(--ground); border-radius: 8px; padding: 10px 14px; }
-.tiles b { display: block; font-size: 23px; line-height: 1.25; } .tiles span { color: var(--soft); font-size: 13px; }
+.tiles b { display: block; font-size: 23px; line-height: 1.25; }
+.tiles span { color: var(--soft); font-size: 13px; }
 figure { margin: 14px 0; } figure img { max-width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: 14px; max-width: 90ch; margin-top: 4px; }
-.row { display: flex; flex-wrap: wrap; gap: 4px 22px; align-items: flex-start; } .row figure { margin: 8px 0; }
-.row figcaption { max-width: 44ch; }
+.row { display: flex; flex-wrap: wrap; gap: 4px 22px; align-items: flex-start; }
+.row figure { margin: 8px 0; }
+.row figcaption { max-width: 44ch; } .row .table { flex: 1 1 320px; min-width: 0; }
+.row th { white-space: normal; }
 .table > div { overflow: auto; max-height: 430px; border: 1px solid var(--line); border-radius: 6px; }
 .table { margin: 12px 0; max-width: max-content; }
 .table input { margin-bottom: 8px; padding: 6px 10px; width: 240px; font: inherit; font-size: 14px;

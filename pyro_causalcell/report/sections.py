@@ -64,8 +64,8 @@ def settings_section(sentences: Sequence[str], settings: Mapping[str, object]) -
 def training_section(history: pd.DataFrame) -> str:
     """Training curves of ``Fit.history``."""
     caption = (
-        "Loss per epoch on training and validation cells, and the size of each term. The loss is the negative "
-        "ELBO: lower is better. The first epochs may lie above the frame."
+        "Loss per epoch on training and validation cells, and the size of each term. The loss is the "
+        "negative ELBO: lower is better. The first epochs may lie above the frame."
     )
     return html.figure(plot.training_curve(history), caption)
 
@@ -98,30 +98,32 @@ def graph_section(graph: pd.DataFrame) -> str:
     return picture + "<h3>All edges</h3>" + html.table(rows, formats)
 
 
-def programmes_section(loadings: pd.DataFrame, graph: pd.DataFrame, unit: str) -> str:
+def programmes_section(loadings: pd.DataFrame, graph: pd.DataFrame) -> str:
     """Top genes of the programmes that perturbations move, and of the others on a click.
 
     Args:
-        loadings: Programme by gene, signed.
+        loadings: Programme by gene, signed, in standard deviations of the gene.
         graph: Columns perturbation, programme, probability, effect.
-        unit: Of the loadings.
     """
     used = list(shared_programmes(graph, 0.5))
     idle = [name for name in loadings.index if name not in used]
     body = html.paragraph(
-        "Genes that change most when one programme rises by one unit (a standard deviation among control "
-        "cells) from an average control cell, all others held. Orange rises, blue falls; turn every sign of a "
-        "panel and the programme is the same."
+        "Genes whose change stands out most when one programme rises by one unit (a standard deviation among "
+        "control cells), all others held. Orange rises, blue falls; turn every sign of a panel and the "
+        "programme is the same."
     )
     if used:
         members = [f"{plain(name)}: {join(hit)}" for name, hit in shared_programmes(graph, 0.5).items()]
         caption = f"Moved by at least one perturbation. {'; '.join(members)}."
-        body += html.figure(plot.top_genes(loadings, used, unit=unit), caption)
+        body += html.figure(plot.top_genes(loadings, used), caption)
     if idle:
-        caption = "Programmes that no perturbation is likely to move: variation among all cells."
+        caption = (
+            "Programmes that no perturbation is likely to move: variation among all cells, or, where all "
+            "bars are near zero, programmes that the model does not use."
+        )
         body += html.details(
             f"{len(idle)} programmes that no perturbation moves",
-            html.figure(plot.top_genes(loadings, idle, unit=unit), caption),
+            html.figure(plot.top_genes(loadings, idle), caption),
         )
     return body
 
@@ -135,8 +137,9 @@ def effects_section(effects: xr.Dataset | None, interval: float) -> str:
     """
     body = html.paragraph(
         f"Change of expected expression against control, for the perturbations with a likely edge. Lines are "
-        f"{interval:.0%} intervals of the posterior: they cover what the model is unsure of, not cell-to-cell "
-        "spread and not errors of the model itself. Genes are ranked by the end of the interval nearer to zero."
+        f"{interval:.0%} intervals of the posterior: they cover what the model is unsure of, not "
+        "cell-to-cell spread and not errors of the model itself. Genes are ranked by the end of the "
+        "interval nearer to zero."
     )
     if effects is None:
         return body + html.paragraph("There are none.")
@@ -162,10 +165,12 @@ def checks_section(checks: Mapping[str, np.ndarray], table: pd.DataFrame, unit: 
     )
     surprise = (table["p_value"] - 0.5).abs()
     rows = table.assign(statistic=table["statistic"].str.replace("_", " "))
-    rows = rows.iloc[surprise.argsort(kind="stable")[::-1]].rename(columns=lambda name: name.replace("_", " "))
+    rows = rows.iloc[surprise.argsort(kind="stable")[::-1]].rename(
+        columns=lambda name: name.replace("_", " ")
+    )
     text = (
-        "The same by condition, most surprising first. The p-value is the share of replicated data sets above the "
-        "observed value: near 0 or 1 the model gets that statistic wrong there."
+        "The same by condition, most surprising first. The p-value is the share of replicated data sets "
+        "above the observed value: near 0 or 1 the model gets that statistic wrong there."
     )
     return html.figure(plot.predictive_checks(**checks, unit=unit), caption) + html.details(
         "Check by condition", html.paragraph(text) + html.table(rows)
@@ -176,19 +181,20 @@ def calibration_section(coverage: pd.DataFrame, cells: str) -> str:
     """How often predictive intervals hold the observed values.
 
     Args:
-        coverage: Columns cells, nominal, observed.
+        coverage: Columns values, nominal, observed.
         cells: Which cells were compared, in words.
     """
     curves = {
         str(name): (rows["nominal"].to_numpy(), rows["observed"].to_numpy())
-        for name, rows in coverage.groupby("cells", sort=False)
+        for name, rows in coverage.groupby("values", sort=False)
     }
     caption = (
-        f"Share of values in {cells} that lie inside the model's predictive intervals. On the diagonal an "
-        "interval holds what it promises; below it, the model is too sure of itself."
+        f"Share of observed values of {cells} that lie inside the model's predictive intervals. On the "
+        "diagonal an interval holds what it promises; below it, the model is too sure of itself. Means of "
+        "a gene over the cells of a condition are the harder test: they show whether effects are right."
     )
     percent = "{:.1%}".format
-    wide = coverage.pivot(index="nominal", columns="cells", values="observed")[list(curves)].reset_index()
+    wide = coverage.pivot(index="nominal", columns="values", values="observed")[list(curves)].reset_index()
     numbers = html.table(wide, {str(column): percent for column in wide})
     return html.figure_row([html.figure(plot.reliability(curves), caption), numbers])
 
@@ -201,9 +207,9 @@ def likelihood_section(likelihood: xr.Dataset, n_particles: int, cells: str) -> 
         n_particles: Draws per cell.
         cells: Which cells were scored, in words.
     """
-    nll, k = likelihood["nll"].values, likelihood["pareto_k"].values
+    nll, k = likelihood["nll"].values, np.nan_to_num(likelihood["pareto_k"].values, nan=np.inf)
     se = float(nll.std(ddof=1) / np.sqrt(len(nll)))
-    bad = float((k > 0.7).mean())
+    bad = float((k > 0.7).mean())  # not finite: too few draws to say, so not reliable
     sizes = {
         "nats per cell (mean)": f"{nll.mean():.1f}",
         "standard error over cells": f"{se:.1f}",
@@ -214,39 +220,54 @@ def likelihood_section(likelihood: xr.Dataset, n_particles: int, cells: str) -> 
     verdict = (
         "The estimate is reliable for almost all cells."
         if bad < 0.05
-        else "For the cells above the line the estimate is too high by an unknown amount. Do not compare models by "
-        "it; raise the number of draws, or improve the guide."
+        else "For the cells above the line the estimate is too high by an unknown amount. Do not compare "
+        "models by it; raise the number of draws, or improve the guide."
     )
     caption = f"Pareto k of the importance weights of {cells}."
     text = (
-        f"How improbable the model finds an unseen cell: lower is better, and only comparable on the same cells "
-        f"and genes. Estimated with {n_particles} draws per cell. Medians are shown for the errors and draws."
+        "How improbable the model finds an unseen cell: lower is better, and only comparable on the same "
+        f"cells and genes. Estimated with {n_particles} draws per cell. Medians are shown for the errors "
+        "and draws."
     )
     note = html.paragraph(verdict, "" if bad < 0.05 else "warn")
     return html.paragraph(text) + html.tiles(sizes) + note + html.figure(plot.pareto_k(k), caption)
 
 
-def comparison_section(scores: pd.DataFrame, cells: str, model: str = "model") -> str:
+def comparison_section(scores: pd.DataFrame, cells: str, *, seen: bool, model: str = "model") -> str:
     """The model beside the baselines and the technical duplicate.
 
     Args:
         scores: Columns method, condition, metric, value (``baselines.compare_means``).
         cells: Which cells were predicted, in words.
+        seen: Whether other cells of every one of these conditions were trained on.
         model: Name of the model among the methods.
     """
     text = (
-        f"Mean expression of {cells}, predicted from the training cells. Control mean says that nothing changes; "
-        "perturbed mean, that all perturbations do the same; matching mean and additive use the training cells of "
-        "the same perturbation (for a combination, of its parts). The technical duplicate is the other half of the "
-        "held-out cells: what repeating the experiment would score. It carries the noise of few cells, so "
-        "methods that pool many can do better. The perturbed genes themselves are not scored."
+        f"Mean expression of {cells}, predicted from the training cells. Control mean says that nothing "
+        "changes; perturbed mean, that all perturbations do the same; matching mean and additive use the "
+        "training cells of the same perturbation (for a combination, of its parts). The technical "
+        "duplicate is the other half of the held-out cells: what repeating the experiment would score. It "
+        "carries the noise of few cells, so methods that pool many can do better. The perturbed genes "
+        "themselves are not scored."
     )
+    if seen:
+        text += (
+            " Other cells of every condition here were trained on. So for single perturbations matching mean "
+            "and additive are as good as means can be, and a model shows its worth by coming close; to see "
+            "it predict the unseen, hold out perturbations or combinations."
+        )
     caption = "A dot is a condition; the large dot is the mean, the bar its 95 % bootstrap interval."
     if scores.empty:
         return html.paragraph(f"No perturbed condition has enough of the {cells} to compare means.")
     average = average_conditions(scores)
     wide = average.pivot(index="method", columns="metric", values="mean")
-    wide = wide.loc[list(dict.fromkeys(average["method"])), list(dict.fromkeys(average["metric"]))].reset_index()
+    wide = wide.loc[
+        list(dict.fromkeys(average["method"])), list(dict.fromkeys(average["metric"]))
+    ].reset_index()
     wide.columns = [str(c).replace("_", " ") for c in wide.columns]
     formats = {str(c): "{:.4f}".format if c == "rmse" else "{:.3f}".format for c in wide.columns}
-    return html.paragraph(text) + html.figure(plot.compare_methods(scores, model), caption) + html.table(wide, formats)
+    return (
+        html.paragraph(text)
+        + html.figure(plot.compare_methods(scores, model), caption)
+        + html.table(wide, formats)
+    )

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 __all__ = ["caveats", "join", "plain", "shared_programmes", "summarise_graph", "summarise_scores"]
 
 _SURE = 0.9
 _LIKELY = 0.5
+_CEILING = "technical duplicate"  # sees held-out cells, so it is no baseline
 
 
 def plain(programme: str) -> str:
@@ -36,12 +38,13 @@ def shared_programmes(graph: pd.DataFrame, threshold: float = _SURE) -> dict[str
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
 
-def summarise_graph(graph: pd.DataFrame, loadings: pd.DataFrame | None = None, n_genes: int = 4) -> list[str]:
+def summarise_graph(graph: pd.DataFrame, effects: xr.Dataset | None = None, n_genes: int = 4) -> list[str]:
     """One sentence for each programme that perturbations move, then the rest in brief.
 
     Args:
         graph: Columns perturbation, programme, probability, effect.
-        loadings: Programme by gene, signed; adds the genes that rise and fall.
+        effects: What ``predict.effects`` returns; adds the genes that the perturbations of a programme change
+            alike.
         n_genes: Genes named in each direction.
     """
     if graph.empty:
@@ -49,60 +52,88 @@ def summarise_graph(graph: pd.DataFrame, loadings: pd.DataFrame | None = None, n
     if (graph["probability"] == 1).all():
         return ["In this model every perturbation moves every programme; the graph below says how far."]
     groups = shared_programmes(graph)
-    sentences = [_programme_sentence(graph, name, members, loadings, n_genes) for name, members in groups.items()]
+    sentences = [
+        _programme_sentence(graph, name, members, effects, n_genes) for name, members in groups.items()
+    ]
     best = graph.groupby("perturbation", sort=False)["probability"].max()
     unsure = graph[graph["probability"].between(_LIKELY, _SURE, inclusive="right")]
     if len(unsure):
-        pairs = [f"{row.perturbation} on {plain(str(row.programme))} ({row.probability:.0%})" for row in unsure.itertuples()]
+        pairs = [
+            f"{row.perturbation} on {plain(str(row.programme))} ({row.probability:.0%})"
+            for row in unsure.itertuples()
+        ]
         sentences.append(f"Likely but not sure: {join(pairs)}.")
     silent = list(best.index[best <= _LIKELY])
     if silent:
         verb = "shows" if len(silent) == 1 else "show"
         sentences.append(
-            f"{join(silent)} {verb} no effect that these cells can tell from control. That is no proof of none: "
-            "a weak knock-down or few cells look the same."
+            f"{join(silent)} {verb} no effect that these cells can tell from control. That is no proof of "
+            "none: a weak perturbation or few cells look the same."
         )
     return sentences
 
 
 def _programme_sentence(
-    graph: pd.DataFrame, programme: str, members: list[str], loadings: pd.DataFrame | None, n_genes: int
+    graph: pd.DataFrame, programme: str, members: list[str], effects: xr.Dataset | None, n_genes: int
 ) -> str:
     edges = graph[graph["programme"] == programme].set_index("perturbation")
     sign = np.sign(edges.loc[members, "effect"])
-    side = 1.0 if (sign > 0).sum() * 2 >= len(sign) else -1.0
+    side = np.sign(sign.sum()) or sign.iloc[0]  # the majority's, or else the first one's
     main = [name for name in members if sign[name] == side]
     against = [name for name in members if sign[name] != side]
     text = f"{join(members)} {'share' if len(members) > 1 else 'moves'} {plain(programme)}"
     if against:
         text += f" ({join(against)} the opposite way)"
-    if loadings is None:
+    said = [] if effects is None else _genes_in_common(effects, main, n_genes)
+    if not said:
         return f"{text}."
-    change = side * loadings.loc[programme]
-    falling, rising = change[change < 0].nsmallest(n_genes), change[change > 0].nlargest(n_genes)
-    parts = {"lowers": falling, "raises": rising}
-    strongest_first = sorted(parts.items(), key=lambda part: -part[1].abs().max() if len(part[1]) else np.inf)
-    said = [f"{verb} {join([str(g) for g in genes.index])}" for verb, genes in strongest_first if len(genes)]
-    who = "it" if len(members) == 1 else " or ".join(main) if against else "any of them"
-    return f"{text}: perturbing {who} {' and '.join(said)}."
+    everyone = "it" if len(members) == 1 else "any of them"
+    part = main[0] if len(main) == 1 else "any of the others"
+    return f"{text}: perturbing {part if against else everyone} {' and '.join(said)}."
 
 
-def summarise_scores(scores: pd.DataFrame, model: str = "model") -> list[str]:
+def _genes_in_common(effects: xr.Dataset, members: list[str], n_genes: int) -> list[str]:
+    """What all of the perturbations lower and raise, judged by the ends of the intervals nearest to zero.
+
+    The perturbed genes themselves are left out: that they change is no news.
+    """
+    known = [name for name in members if name in effects["condition"].values]
+    if not known:
+        return []
+    of_members = effects.sel(condition=known, gene=~np.isin(effects["gene"].values, members))
+    genes = pd.Index(of_members["gene"].values)
+    sure = {
+        "lowers": pd.Series(-of_members["gene_high"].max("condition").values, genes),
+        "raises": pd.Series(of_members["gene_low"].min("condition").values, genes),
+    }
+    top = {verb: by[by > 0].nlargest(n_genes) for verb, by in sure.items()}
+    strongest_first = sorted(top.items(), key=lambda item: -item[1].max() if len(item[1]) else 0.0)
+    return [f"{verb} {join([str(g) for g in by.index])}" for verb, by in strongest_first if len(by)]
+
+
+def summarise_scores(scores: pd.DataFrame, *, seen: bool, model: str = "model") -> list[str]:
     """Whether the model beats the baselines on held-out cells, counted over conditions.
 
     Args:
         scores: Columns method, condition, metric, value (``baselines.compare_means``).
+        seen: Whether other cells of every one of these conditions were trained on.
         model: Name of the model among the methods.
     """
     rmse = scores[scores["metric"] == "rmse"].pivot(index="condition", columns="method", values="value")
-    others = [name for name in ("control mean", "perturbed mean", "additive") if name in rmse]
+    others = [name for name in dict.fromkeys(scores["method"]) if name not in (model, _CEILING)]
     counted = [f"than the {name} in {int((rmse[model] < rmse[name]).sum())}" for name in others]
     best = rmse[others].mean().idxmin()
     sentence = (
         f"Predicted mean expression has an average error of {rmse[model].mean():.3f} (RMSE, log1p CP10k) on "
         f"held-out cells; the best baseline, {best}, has {rmse[best].mean():.3f}."
     )
-    return [sentence, f"Of {len(rmse)} conditions, the model is closer to the held-out cells {join(counted)}."]
+    counts = f"Of {len(rmse)} conditions, the model is closer to the held-out cells {join(counted)}."
+    if seen:
+        counts += (
+            " All of them were seen in training: for a single perturbation, matching mean and additive are "
+            "then the mean of its own training cells, which is hard to beat."
+        )
+    return [sentence, counts]
 
 
 def caveats(n_genes: int, panel_totals: bool) -> list[str]:
@@ -116,14 +147,15 @@ def caveats(n_genes: int, panel_totals: bool) -> list[str]:
         "A probability is how strongly the model believes, after seeing these cells, that the perturbation "
         "shifts the programme. It rests on the model's assumptions. It is not a p-value, and not how often a "
         "repeated experiment would agree.",
-        "Programmes are not measured. Their numbering and their sign are arbitrary, and perturbations that always "
-        "act alike cannot be told apart. Fit again with another seed before building on a programme.",
+        "Programmes are not measured. Their numbering and their sign are arbitrary, and perturbations "
+        "that always act alike cannot be told apart. Fit again with another seed before building on a "
+        "programme.",
         "The effect of a perturbation on genes is read through the model. Check a gene that matters in the "
         "raw data.",
     ]
     if panel_totals:
         texts.append(
-            f"Totals are summed over the {n_genes} genes of this screen. For a gene panel that is not the full "
-            "library: when some genes rise, the share of the others falls."
+            f"Totals are summed over the {n_genes} genes of this screen. For a gene panel that is not the "
+            "full library: when some genes rise, the share of the others falls."
         )
     return texts

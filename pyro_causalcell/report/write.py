@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 import pyro_causalcell
+from pyro_causalcell.batch import Dims
 from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import DataError
 from pyro_causalcell.inference import Fit
@@ -42,11 +43,10 @@ def write_report(
         DataError: ``data`` are not the fitted cells, or the file cannot be written.
     """
     screen = data if isinstance(data, Screen) else Screen.from_spec(fit.screen, data)
-    text = render(fit, screen, gather(fit, screen, n_particles, seed))
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, text)
+        path.parent.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place is said at once
+        atomic_write(path, render(fit, screen, gather(fit, screen, n_particles, seed)))
     except OSError as error:
         raise DataError(f"the report cannot be written to {path}: {error}; choose another place.") from error
     return path
@@ -55,21 +55,22 @@ def write_report(
 def render(fit: Fit, screen: Screen, evidence: Evidence) -> str:
     """The page, from what was computed."""
     unit = "counts" if screen.is_counts else "log-normalised"
-    loading_unit = "log2 fold change per unit" if screen.is_counts else "change per unit (log-normalised)"
-    graph = evidence.graph
+    graph, seen = evidence.graph, _all_seen(fit, screen, evidence)
     held_out, checked, weighed = evidence.held_out.words, evidence.checked.words, evidence.weighed.words
     sections = {
         "Summary": parts.summary_section(
-            summarise_graph(graph, evidence.loadings),
-            _trust(evidence),
+            summarise_graph(graph, evidence.effects),
+            _trust(evidence, seen),
             caveats(screen.n_genes, panel_totals=screen.is_counts and fit.screen.library is None),
             _sizes(fit, graph),
         ),
-        "What was fitted": parts.settings_section(_describe(fit), _flat(fit.settings)),
+        "What was fitted": parts.settings_section(
+            _describe(fit, len(evidence.loadings)), _flat(_settings(fit))
+        ),
         "Perturbations and programmes": parts.graph_section(graph),
-        "Genes of programmes": parts.programmes_section(evidence.loadings, graph, loading_unit),
+        "Genes of programmes": parts.programmes_section(evidence.loadings, graph),
         "Effects": parts.effects_section(evidence.effects, INTERVAL),
-        "Baselines": parts.comparison_section(evidence.scores, held_out),
+        "Baselines": parts.comparison_section(evidence.scores, held_out, seen=seen),
         "Predictive checks": parts.checks_section(evidence.checks, evidence.check_table, unit, checked),
         "Calibration": parts.calibration_section(evidence.coverage, checked),
         "Likelihood": parts.likelihood_section(evidence.likelihood, evidence.n_particles, weighed),
@@ -94,21 +95,26 @@ def _sizes(fit: Fit, graph: pd.DataFrame) -> dict[str, str]:
     }
 
 
-def _trust(evidence: Evidence) -> list[str]:
+def _all_seen(fit: Fit, screen: Screen, evidence: Evidence) -> bool:
+    trained = {screen.conditions[i] for i in np.unique(screen.condition_n[fit.split.train])}
+    return set(evidence.scores["condition"]) <= trained
+
+
+def _trust(evidence: Evidence, seen: bool) -> list[str]:
     """How well the model predicts, in sentences."""
-    sentences = summarise_scores(evidence.scores) if len(evidence.scores) else []
+    sentences = summarise_scores(evidence.scores, seen=seen) if len(evidence.scores) else []
     at = evidence.coverage[np.isclose(evidence.coverage["nominal"], INTERVAL)]
-    inside = [f"{row.observed:.0%} of values in {row.cells}" for row in at.itertuples()]
+    inside = [f"{share:.0%} of the {name}" for name, share in zip(at["values"], at["observed"], strict=True)]
     sentences.append(f"{INTERVAL:.0%} predictive intervals hold {join(inside)}.")
-    bad = float((evidence.likelihood["pareto_k"].values > 0.7).mean())
+    bad = 1 - float((evidence.likelihood["pareto_k"].values <= 0.7).mean())
     sentences.append(
-        f"The likelihood of a held-out cell is {evidence.likelihood['nll'].values.mean():.1f} nats (negative log); "
-        f"the estimate is unreliable for {bad:.0%} of cells."
+        f"The likelihood of a held-out cell is {evidence.likelihood['nll'].values.mean():.1f} nats "
+        f"(negative log); the estimate is unreliable for {bad:.0%} of cells."
     )
     return sentences
 
 
-def _describe(fit: Fit) -> list[str]:
+def _describe(fit: Fit, n_programmes: int) -> list[str]:
     """What was fitted, in words."""
     spec, split = fit.screen, fit.split
     story = (inspect.getdoc(type(fit.model)) or "").split("\n", 1)[0]
@@ -116,13 +122,30 @@ def _describe(fit: Fit) -> list[str]:
     data = f"layer {spec.layer!r}" if spec.layer else "X"
     covariates = f" The decoder sees {join(spec.batch)}." if spec.batch else ""
     return [
-        f"Model {type(fit.model).__name__}, guide {type(fit.guide).__name__}. {story}",
-        f"Perturbations were read from obs[{spec.perturbation!r}], with {join([repr(c) for c in spec.control])} as "
-        f"control; values from {data} ({'counts' if spec.is_counts else 'normalised values'}).{covariates}",
+        f"Model {type(fit.model).__name__} with {n_programmes} programmes, guide {type(fit.guide).__name__}. "
+        f"{story}",
+        f"Perturbations were read from obs[{spec.perturbation!r}], with "
+        f"{join([repr(c) for c in spec.control])} as control; values from {data} "
+        f"({'counts' if spec.is_counts else 'normalised values'}).{covariates}",
         f"{len(split.train):,} cells trained the model, {len(split.validation):,} chose when to stop and "
         f"{len(split.test):,} were kept for testing (split {split.name!r}). Training ran {last} epochs; the "
         f"weights with the lowest validation loss were kept. Seed {fit.seed}.",
     ]
+
+
+def _settings(fit: Fit) -> dict[str, Any]:
+    """Every setting, those left at their defaults too; sizes are said elsewhere."""
+    settings = dict(fit.settings)
+    for kind, module in (("model", fit.model), ("guide", fit.guide)):
+        chosen = settings[kind]["settings"]
+        if chosen is None:
+            settings[kind] = f"{type(module).__name__}, built by the user"
+            continue
+        arguments = inspect.signature(type(module)).parameters.values()
+        defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
+        shown = {name: value for name, value in {**defaults, **chosen}.items() if name not in Dims._fields}
+        settings[kind] = {"source": settings[kind]["source"], **shown}
+    return settings
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

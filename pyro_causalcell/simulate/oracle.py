@@ -15,7 +15,7 @@ from pyro_causalcell.simulate.sparse_shift import CONTROL, SLOPE, Decoder, as_te
 __all__ = ["oracle_nll"]
 
 _PROPOSAL_DF = 10.0  # a Student proposal: its tails cover those of the posterior
-_ADAPTATIONS = 4
+_ADAPTATIONS = 6
 _PRIOR_PARTICLES = 20.0  # effective particles at which old and new moments of the proposal weigh the same
 _NEWTON_STEPS = 60
 _CHUNK_VALUES = 500_000  # particles x genes held at once
@@ -39,7 +39,8 @@ def oracle_nll(
         seed: seed of the importance samples.
 
     Returns:
-        Array [rows]. For the presets "paper" and "clean" the cell's true library is taken as known.
+        Array [rows]. For the presets "paper" and "clean" the cell's true library is taken as known. The Monte
+        Carlo error of a cell is about 0.1 nats at 15 latents and 0.3 at 20 with the default particles.
 
     Raises:
         DataError: if ``adata`` holds no simulation or a cell's intervention is not in its record.

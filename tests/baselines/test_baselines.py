@@ -33,7 +33,9 @@ def _scanpy_mean(adata, mask):
 
 def test_means_are_those_of_scanpy(tiny_adata, tiny_screen, rows):
     label = tiny_adata.obs["target"].to_numpy()
-    control, perturbed = (_scanpy_mean(tiny_adata, m) for m in (label == "non-targeting", label != "non-targeting"))
+    control, perturbed = (
+        _scanpy_mean(tiny_adata, m) for m in (label == "non-targeting", label != "non-targeting")
+    )
     np.testing.assert_allclose(ControlMean.fit(tiny_screen, rows).predict(["A"])[0], control, rtol=1e-5)
     np.testing.assert_allclose(PerturbedMean.fit(tiny_screen, rows).predict(["D"])[0], perturbed, rtol=1e-5)
     np.testing.assert_allclose(
@@ -69,7 +71,10 @@ def test_additive_is_the_best_baseline_where_effects_add(tiny_screen):
 def test_unseen_component_stands_for_the_perturbed_mean(tiny_screen, rows):
     without_d = rows[tiny_screen.condition_n[rows] != tiny_screen.conditions.index("D")]
     fitted = fit_baselines(tiny_screen, without_d)
-    mean, a, o = (fitted["perturbed mean"].means.perturbed_g, *condition_means(tiny_screen, rows, ["A", "control"]))
+    mean, a, o = (
+        fitted["perturbed mean"].means.perturbed_g,
+        *condition_means(tiny_screen, rows, ["A", "control"]),
+    )
     np.testing.assert_allclose(fitted["matching mean"].predict(["A+D", "D"]), [(a + mean) / 2, mean])
     np.testing.assert_allclose(fitted["additive"].predict(["A+D", "D"]), [a + mean - o, mean])
 
@@ -109,7 +114,9 @@ def test_errors_say_what_is_missing(tiny_screen, rows):
     with pytest.raises(DataError, match="has no cells of"):
         condition_means(tiny_screen, rows, ["A+C"])
     with pytest.raises(DataError, match="halves need 2"):
-        technical_duplicate(tiny_screen, rows[tiny_screen.condition_n[rows] == 1][:1], [tiny_screen.conditions[1]])
+        technical_duplicate(
+            tiny_screen, rows[tiny_screen.condition_n[rows] == 1][:1], [tiny_screen.conditions[1]]
+        )
     with pytest.raises(DataError, match="unknown perturbation"):
         ControlMean.fit(tiny_screen, rows).predict(["ZZZ"])
 
@@ -117,7 +124,12 @@ def test_errors_say_what_is_missing(tiny_screen, rows):
 def test_scores_in_closed_form():
     control_g, perturbed_g = np.zeros(4), np.array([5.0, 0, 0, 0])
     true_cg = np.array([[1.0, 2, 3, 4], [1, 0, 0, 1]])
-    predicted = {"exact": true_cg, "half": true_cg / 2, "nothing": np.zeros((2, 4)), "shared": np.tile(perturbed_g, (2, 1))}
+    predicted = {
+        "exact": true_cg,
+        "half": true_cg / 2,
+        "nothing": np.zeros((2, 4)),
+        "shared": np.tile(perturbed_g, (2, 1)),
+    }
     table = compare_means(true_cg, predicted, control_g, perturbed_g, ["a", "b"])
     value = table.set_index(["method", "condition", "metric"])["value"]
     assert value["exact", "a", "rmse"] == 0
@@ -147,6 +159,10 @@ def test_perturbed_genes_are_not_scored(tiny_adata):
 
 
 def test_shapes_are_checked():
-    with pytest.raises(DataError, match=r"model has shape \(1, 3\); expected \(conditions, genes\) = \(1, 4\)"):
+    with pytest.raises(
+        DataError, match=r"model has shape \(1, 3\); expected \(conditions, genes\) = \(1, 4\)"
+    ):
         compare_means(np.ones((1, 4)), {"model": np.ones((1, 3))}, np.ones(4), np.ones(4), ["a"])
-    assert isinstance(compare_means(np.ones((1, 4)), {"m": np.ones((1, 4))}, np.ones(4), np.ones(4), ["a"]), pd.DataFrame)
+    assert isinstance(
+        compare_means(np.ones((1, 4)), {"m": np.ones((1, 4))}, np.ones(4), np.ones(4), ["a"]), pd.DataFrame
+    )

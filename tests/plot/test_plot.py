@@ -21,7 +21,9 @@ def _graph(n_perturbations, n_programmes, seed=0):
     for p in range(n_perturbations):
         hit = set(rng.choice(n_programmes, rng.integers(0, 3), replace=False))
         for k in range(n_programmes):
-            probability, effect = (rng.uniform(0.8, 1), rng.normal(0, 2)) if k in hit else (rng.uniform(0, 0.1), 0.0)
+            probability, effect = (
+                (rng.uniform(0.8, 1), rng.normal(0, 2)) if k in hit else (rng.uniform(0, 0.1), 0.0)
+            )
             rows.append((f"TARGET{p}", f"programme_{k + 1}", probability, effect))
     return pd.DataFrame(rows, columns=["perturbation", "programme", "probability", "effect"])
 
@@ -29,7 +31,12 @@ def _graph(n_perturbations, n_programmes, seed=0):
 def _history(n=80):
     epoch = np.arange(n)
     loss = 450 + 300 * np.exp(-epoch / 4)
-    columns = {"train_loss": loss, "validation_loss": loss + (epoch - 50) ** 2 / 500, "term_x": loss, "term_z": 5.0 + 0 * loss}
+    columns = {
+        "train_loss": loss,
+        "validation_loss": loss + (epoch - 50) ** 2 / 500,
+        "term_x": loss,
+        "term_z": 5.0 + 0 * loss,
+    }
     return pd.DataFrame(columns, index=epoch)
 
 
@@ -49,14 +56,21 @@ def _checks():
     arrays = []
     for _ in range(2):
         x_ng = rng.negative_binomial(1.5, 1.5 / (1.5 + mean_g), (200, 50))
-        arrays.append([x_ng.sum(1), (x_ng == 0).mean(0), x_ng.mean(0), x_ng.var(0), x_ng.reshape(2, 100, 50).mean(1)])
+        arrays.append(
+            [x_ng.sum(1), (x_ng == 0).mean(0), x_ng.mean(0), x_ng.var(0), x_ng.reshape(2, 100, 50).mean(1)]
+        )
     return list(itertools.chain.from_iterable(zip(*arrays, strict=True)))
 
 
 def _scores():
     rng = np.random.default_rng(0)
     rows = [
-        (method, f"c{c}", metric, np.nan if (method, metric) == ("control mean", "pearson_control") else rng.random())
+        (
+            method,
+            f"c{c}",
+            metric,
+            np.nan if (method, metric) == ("control mean", "pearson_control") else rng.random(),
+        )
         for method in ("model", "control mean", "additive")
         for metric in ("rmse", "pearson_control")
         for c in range(12)
@@ -79,7 +93,9 @@ FIGURES = {
     "graph, small": lambda: plot.graph_heatmap(_graph(25, 10)),
     "graph, large": lambda: plot.graph_heatmap(_graph(100, 15)),
     "top genes": lambda: plot.top_genes(
-        pd.DataFrame(np.random.default_rng(0).normal(size=(6, 50)), [f"programme_{k}" for k in range(6)], GENES)
+        pd.DataFrame(
+            np.random.default_rng(0).normal(size=(6, 50)), [f"programme_{k}" for k in range(6)], GENES
+        )
     ),
     "effects": lambda: plot.effect_intervals(_effects(), "A"),
     "checks": lambda: plot.predictive_checks(*_checks()),
@@ -164,7 +180,8 @@ def test_shared_programmes_sit_together():
 
 def test_graph_colours_are_centred_and_area_is_probability():
     graph = pd.DataFrame(
-        [("A", "k", 1.0, -4.0), ("B", "k", 0.25, 1.0)], columns=["perturbation", "programme", "probability", "effect"]
+        [("A", "k", 1.0, -4.0), ("B", "k", 0.25, 1.0)],
+        columns=["perturbation", "programme", "probability", "effect"],
     )
     dots = plot.graph_heatmap(graph).axes[0].collections[0]
     sizes = dict(zip(np.asarray(dots.get_array()), dots.get_sizes(), strict=True))
@@ -214,6 +231,12 @@ def test_late_losses_fill_the_frame():
 def test_pareto_k_title_counts_the_cells_above_the_line():
     figure = plot.pareto_k([0.1, 0.2, 0.3, 0.9])
     assert figure.axes[0].get_title(loc="left") == "25.0% of 4 cells above 0.7"
+
+
+def test_pareto_k_that_is_not_finite_counts_as_large():
+    figure = plot.pareto_k([0.1, np.inf, np.nan, 40.0])
+    assert figure.axes[0].get_title(loc="left") == "75.0% of 4 cells above 0.7"
+    assert figure.axes[0].get_xlim()[1] < 2
 
 
 def test_undefined_scores_are_said():

@@ -22,9 +22,7 @@ EDGES = {
 
 @pytest.fixture
 def graph():
-    rows = [
-        (p, k, *EDGES.get((p, k), (0.01, 0.0)), 0.15) for p in PERTURBATIONS for k in PROGRAMMES
-    ]
+    rows = [(p, k, *EDGES.get((p, k), (0.01, 0.0)), 0.15) for p in PERTURBATIONS for k in PROGRAMMES]
     return pd.DataFrame(rows, columns=["perturbation", "programme", "probability", "effect", "effect_sd"])
 
 
@@ -55,8 +53,12 @@ def history():
 @pytest.fixture
 def effects():
     rng = np.random.default_rng(1)
-    conditions = ["IFNGR1", "JAK2", "SMAD4"]
-    mean, half = rng.laplace(0, 0.4, (3, len(GENES))), rng.gamma(2, 0.08, (3, len(GENES)))
+    conditions = sorted({perturbation for perturbation, _ in EDGES})
+    shape = (len(conditions), len(GENES))
+    mean, half = rng.laplace(0, 0.1, shape), rng.gamma(9, 0.08, shape)
+    for c, name in enumerate(conditions):
+        if (name, "programme_3") in EDGES:
+            mean[c, [1, 2]] = -6.0, 5.0
     over = ("condition", "gene")
     return xr.Dataset(
         {"gene_effect": (over, mean), "gene_low": (over, mean - half), "gene_high": (over, mean + half)},
@@ -82,8 +84,8 @@ def checks():
 @pytest.fixture
 def coverage():
     nominal = [0.5, 0.8, 0.9, 0.95]
-    rows = [("all cells", a, a + 0.01) for a in nominal] + [("cells with a likely effect", a, 0.9 * a) for a in nominal]
-    return pd.DataFrame(rows, columns=["cells", "nominal", "observed"])
+    rows = [("single cells", a, a + 0.01) for a in nominal] + [("means", a, 0.9 * a) for a in nominal]
+    return pd.DataFrame(rows, columns=["values", "nominal", "observed"])
 
 
 @pytest.fixture

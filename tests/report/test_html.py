@@ -64,7 +64,9 @@ def test_every_piece_escapes_what_it_is_given():
 
 
 def test_page_loads_nothing_from_outside():
-    text = html.page("t", "s", {"a": html.figure(_figure(), "c"), "b": html.table(pd.DataFrame({"x": [1]}))}, "f")
+    text = html.page(
+        "t", "s", {"a": html.figure(_figure(), "c"), "b": html.table(pd.DataFrame({"x": [1]}))}, "f"
+    )
     for tag, attributes in read(text).seen:
         assert tag not in {"link", "iframe", "object"}
         assert attributes.get("src", "data:").startswith("data:")

@@ -23,22 +23,43 @@ def test_the_busiest_programme_comes_first(graph):
     assert "programme_2" not in groups  # BRD4's edge has probability .71
 
 
-def test_sentences_follow_the_numbers(graph, loadings):
-    first, second, third, unsure, silent = summarise_graph(graph, loadings)
-    assert first.startswith("IFNGR1, IFNGR2, JAK2 and STAT1 share programme 3: perturbing any of them lowers GENE1,")
-    assert "raises GENE2," in first  # negative effect, negative loading
-    assert second.startswith("MYC and SMAD4 share programme 1 (MYC the opposite way): perturbing SMAD4 ")
-    assert third.startswith("IRF1 moves programme 5: perturbing it ")
+def test_sentences_follow_the_numbers(graph, effects):
+    first, second, third, unsure, silent = summarise_graph(graph, effects)
+    assert first == (
+        "IFNGR1, IFNGR2, JAK2 and STAT1 share programme 3: perturbing any of them lowers GENE1 and raises "
+        "GENE2."
+    )
+    assert second == "MYC and SMAD4 share programme 1 (SMAD4 the opposite way)."  # no gene that is sure
+    assert third == "IRF1 moves programme 5."
     assert unsure == "Likely but not sure: BRD4 on programme 2 (71%)."
     assert silent.startswith("ATF2 and CAV1 show no effect")
 
 
-def test_sentences_do_not_depend_on_the_arbitrary_sign(graph, loadings):
+def test_sentences_do_not_depend_on_the_arbitrary_sign(graph, effects):
     turned = graph.copy()
     turned.loc[turned["programme"] == "programme_3", "effect"] *= -1
-    other = loadings.copy()
-    other.loc["programme_3"] *= -1
-    assert summarise_graph(turned, other) == summarise_graph(graph, loadings)
+    assert summarise_graph(turned, effects) == summarise_graph(graph, effects)
+
+
+def test_only_genes_that_all_members_change_are_named(graph, effects):
+    effects["gene_low"].loc["JAK2", "GENE2"] = -1.0
+    assert "GENE2" not in summarise_graph(graph, effects)[0]
+
+
+def test_the_perturbed_gene_itself_is_no_news(graph, effects):
+    own = effects.assign_coords(gene=["JAK2" if g == "GENE2" else g for g in effects["gene"].values])
+    assert summarise_graph(graph, own)[0].endswith("perturbing any of them lowers GENE1.")
+
+
+def test_opposite_members_are_left_out_of_the_direction(graph, effects):
+    for name in ("gene_effect", "gene_low", "gene_high"):
+        effects[name].loc["SMAD4", "GENE7"], effects[name].loc["MYC", "GENE7"] = -3.0, 3.0
+    assert summarise_graph(graph, effects)[1].endswith("perturbing MYC raises GENE7.")
+
+
+def test_models_without_gates_are_said_to_have_none(graph):
+    assert "no programme" in summarise_graph(graph.iloc[:0])[0]
+    assert "every perturbation moves every programme" in summarise_graph(graph.assign(probability=1.0))[0]
 
 
 def test_graph_without_edges(graph):
@@ -48,14 +69,16 @@ def test_graph_without_edges(graph):
 
 def test_scores_count_conditions():
     rows = [("model", 1.0, 2.0, 4.0), ("control mean", 2.0, 3.0, 3.0), ("additive", 1.5, 1.5, 3.0)]
+    rows.append(("technical duplicate", 0.0, 0.0, 0.0))  # a ceiling, not a baseline
     scores = pd.DataFrame(
         [(m, f"c{i}", "rmse", v) for m, *values in rows for i, v in enumerate(values)],
         columns=["method", "condition", "metric", "value"],
     )
-    error, counts = summarise_scores(scores)
+    error, counts = summarise_scores(scores, seen=False)
     assert f"{np.mean([1, 2, 4]):.3f}" in error and "the best baseline, additive, has 2.000" in error
     assert counts == (
-        "Of 3 conditions, the model is closer to the held-out cells than the control mean in 2 and than the additive in 1."
+        "Of 3 conditions, the model is closer to the held-out cells than the control mean in 2 and than "
+        "the additive in 1."
     )
 
 

@@ -1,0 +1,1019 @@
+"""The command line: ``pyro-causalcell simulate | fit | latents | graph | predict | evaluate | report | ...``.
+
+Each command is a plain function; its signature gives the options, its docstring their help. Options can
+stand in a YAML file (``--config``). Rooms are imported where they are used, so that ``--help`` stays fast.
+"""
+
+import argparse
+import difflib
+import inspect
+import json
+import os
+import re
+import shlex
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from pyro_causalcell import __version__
+from pyro_causalcell.errors import CausalCellError, CheckpointError, DataError
+
+if TYPE_CHECKING:
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+    import xarray as xr
+
+    from pyro_causalcell.data import Screen, Split
+    from pyro_causalcell.inference import Fit
+
+__all__ = [
+    "demo",
+    "evaluate",
+    "fit",
+    "graph",
+    "latents",
+    "main",
+    "predict",
+    "report",
+    "simulate",
+    "study",
+]
+
+PROGRAM = "pyro-causalcell"
+GOOD_K = 0.7
+"""Pareto k above which an importance-weighted estimate cannot be trusted."""
+MIN_PARTICLES = 25
+"""Particles below which Pareto k cannot be estimated."""
+SURE = 0.9
+"""Probability above which an edge counts as found."""
+DEMO_LATENTS = 10
+DEMO_EPOCHS = 60
+
+# ---------------------------------------------------------------------- commands
+
+
+def simulate(
+    out: Path,
+    *,
+    preset: Literal["released", "paper", "clean"] = "released",
+    n_latents: int = 15,
+    n_genes: int = 100,
+    n_interventions: int = 100,
+    n_train: int | None = None,
+    cells_per_intervention: int = 500,
+    n_control_cells: int = 0,
+    effect: float = 5.0,
+    sparsity: float | None = None,
+    n_targeted_latents: int | None = None,
+    library_size: float | None = None,
+    library_log_sd: float | None = None,
+    inverse_dispersion: float | None = None,
+    seed: int = 0,
+    decoder_seed: int | None = None,
+) -> None:
+    """Simulate a screen whose true programmes and effects are known.
+
+    Args:
+        out: File to write (h5ad): counts, and the truth beside them.
+        preset: "released" is what the sVAE+ authors' code does, "paper" what they print, "clean" has a
+            varying library as real cells do.
+        n_latents: Programmes.
+        n_genes: Genes.
+        n_interventions: Perturbations.
+        n_train: Perturbations of the training set, the first ones; 80 % of them if not given.
+        cells_per_intervention: Cells of each perturbation.
+        n_control_cells: Unperturbed cells, named "control".
+        effect: Mean size of a shift, in standard deviations of a programme.
+        sparsity: Fraction of the programmes that a perturbation moves; one to three of them if not given.
+        n_targeted_latents: Only the first so many programmes are ever moved.
+        library_size: Median total count of a cell (preset "clean").
+        library_log_sd: Spread of the log total count (preset "clean").
+        inverse_dispersion: Draw negative binomial instead of Poisson counts (preset "clean").
+        seed: Seed of every draw; the same seed gives the same file.
+        decoder_seed: Another seed for the map from programmes to genes.
+    """
+    settings = {name: value for name, value in locals().items() if name not in ("out", "preset")}
+    _check_out(out)
+    from pyro_causalcell.simulate import sparse_shift
+
+    adata = sparse_shift(preset, **settings)
+    _write_h5ad(adata, out)
+    control = "--control control" if n_control_cells else "--no-controls"
+    print(f"{adata.n_obs:,} cells x {adata.n_vars} genes, {n_interventions} perturbations: {out}")
+    print(f"next: {PROGRAM} fit {out} --perturbation target {control} --latents {n_latents} --out run")
+
+
+def fit(
+    data: Path,
+    perturbation: str,
+    out: Path,
+    *,
+    control: list[str] | str | None = None,
+    no_controls: bool = False,
+    layer: str | None = None,
+    batch: list[str] | str | None = None,
+    separator: str = "+",
+    time: str | None = None,
+    dose: str | None = None,
+    library: str | None = None,
+    gene_symbols: str | None = None,
+    min_cells: PositiveInt = 1,
+    allow_empty: bool = False,
+    backed: bool = False,
+    validation: float = 0.1,
+    test: float = 0.0,
+    hold_out: list[str] | str | None = None,
+    model: str = "sparse-shift",
+    guide: str | None = None,
+    latents: PositiveInt | None = None,
+    likelihood: Literal["nb", "poisson", "gaussian"] | None = None,
+    gates: Literal["posterior", "open", "closed", "sampled"] | None = None,
+    settings: dict[str, Any] | None = None,
+    epochs: PositiveInt | None = None,
+    max_epochs: PositiveInt = 400,
+    patience: PositiveInt = 15,
+    warm_start: NonNegativeInt | None = None,
+    batch_size: PositiveInt = 256,
+    lr: PositiveFloat = 2e-3,
+    lr_drops: NonNegativeInt = 3,
+    adam_eps: PositiveFloat = 1e-8,
+    weight_decay: NonNegativeFloat = 0.0,
+    clip: PositiveFloat | None = 100.0,
+    weights: dict[str, NonNegativeFloat] | None = None,
+    warmup: dict[str, PositiveInt] | None = None,
+    memory_budget_gb: PositiveFloat = 4.0,
+    seed: NonNegativeInt = 0,
+    device: str = "auto",
+    threads: PositiveInt | None = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Train a model on a screen: which perturbation moves which programme.
+
+    Args:
+        data: The screen (h5ad file): cells x genes.
+        perturbation: Column of obs that says how each cell was perturbed, such as "A" or "A+B".
+        out: Run folder to write. A checkpoint is kept there after every epoch.
+        control: How control cells are called in that column; repeat it for several spellings.
+        no_controls: The screen has no control cells.
+        layer: Layer with the counts (or normalised values); X if not given.
+        batch: Column of obs with batches, donors or other covariates to correct for; repeat it for
+            several columns.
+        separator: What joins the targets of a combination.
+        time: Column of obs with the time of each cell, for models that use it.
+        dose: Column of obs with the dose of each cell.
+        library: Column of obs with total counts; the sum over these genes if not given.
+        gene_symbols: Column of var with gene names; the index if not given.
+        min_cells: Stop if a perturbation has fewer cells than this.
+        allow_empty: Accept cells and genes without any count.
+        backed: Leave the matrix on disk and read cells as needed, for files larger than memory.
+        validation: Fraction of cells that decide when to stop.
+        test: Fraction of cells kept for a later test.
+        hold_out: Keep a perturbation (A) or a combination (A+B) out of training, for a later test;
+            repeat it for several.
+        model: Name of a model, or your own as FILE.py:Class.
+        guide: Its guide; the one of the same name, or of the same file, if not given.
+        latents: Number of programmes.
+        likelihood: "nb" or "poisson" for counts, "gaussian" for log-normalised values.
+        gates: Member of the model family: "posterior" gives each edge a probability, "open" is the iVAE,
+            "closed" the VAE, "sampled" the sVAE and sVAE+ of the authors' code.
+        settings: Any other argument of the model or the guide, as --settings.n_hidden 64.
+        epochs: Train this many epochs; until the validation loss stops improving if not given.
+        max_epochs: Upper limit when --epochs is not given.
+        patience: Epochs without improvement before the learning rate drops.
+        warm_start: Epochs with all gates open before the programmes are turned; 0 for none.
+        batch_size: Cells in a minibatch.
+        lr: Learning rate.
+        lr_drops: How often the learning rate drops before training ends.
+        adam_eps: Epsilon of Adam.
+        weight_decay: Weight decay of Adam.
+        clip: Largest gradient norm; null does not clip.
+        weights: Weight of a site's term, as --weights.z 8 for a beta-VAE.
+        warmup: Epochs over which a site's term grows from zero, as --warmup.z 50.
+        memory_budget_gb: Memory the counts may take; larger screens are read piece by piece.
+        seed: Seed of everything random; the same seed gives the same fit.
+        device: "auto" takes the GPU if there is one; or "cpu", "cuda".
+        threads: CPU threads; one is fastest for small models.
+        resume: Go on from the checkpoint in the run folder.
+        overwrite: Replace the run in the run folder.
+        quiet: No progress bar.
+    """
+    training = {name: value for name, value in locals().items() if name in TRAINING_SETTINGS}
+    _claim_run(out, resume, overwrite)
+    chosen = _chosen_settings(settings, n_latents=latents, likelihood=likelihood, gates=gates)
+    control = _control(control, no_controls)
+    from pyro_causalcell import inference
+    from pyro_causalcell.data import Screen, read
+
+    screen = Screen(
+        read(data, backed),
+        perturbation,
+        control,
+        layer=layer,
+        batch=_listed(batch),
+        time=time,
+        dose=dose,
+        library=library,
+        gene_symbols=gene_symbols,
+        separator=separator,
+        min_cells=min_cells,
+        allow_empty=allow_empty,
+    )
+    split = _split(screen, validation, test, _listed(hold_out), seed)
+    trained = inference.fit(
+        model, guide, screen, split=split, out=out, resume=resume, progress=not quiet, **training, **chosen
+    )
+    _print_fit(trained)
+    print(f"next: {PROGRAM} graph {out} --out graph.csv, or {PROGRAM} report {out} {data} --out report.html")
+
+
+def latents(run: Path, data: Path, out: Path, *, backed: bool = False, device: str = "auto") -> None:
+    """Write the activity of each programme in each cell.
+
+    Args:
+        run: Run folder of the fit.
+        data: Cells (h5ad file), the fitted ones or others of the same genes and perturbations.
+        out: File to write (h5ad): obsm["X_causalcell"] holds posterior means, obsm["X_causalcell_sd"]
+            standard deviations, uns["causalcell"]["programmes"] the names.
+        backed: Leave the matrix on disk and read cells as needed.
+        device: "auto" takes the GPU if there is one; or "cpu", "cuda".
+    """
+    _check_out(out, data)
+    from pyro_causalcell import predict as rooms
+    from pyro_causalcell.data import Screen, read
+
+    fitted = _load(run, device)
+    result = rooms.latents(fitted, Screen.from_spec(fitted.screen, read(data, backed)))
+    _write_h5ad(result, out)
+    print(f"{result.n_obs:,} cells x {result.obsm['X_causalcell'].shape[1]} programmes: {out}")
+
+
+def graph(run: Path, out: Path) -> None:
+    """Write which perturbation moves which programme, how sure that is, and how strongly.
+
+    Args:
+        run: Run folder of the fit.
+        out: Table to write (CSV): perturbation, programme, probability of the edge, effect (in standard
+            deviations of a control programme) and its standard deviation.
+    """
+    _check_out(out)
+    from pyro_causalcell.predict import graph as edges_of
+
+    edges = edges_of(_load(run, "cpu"))
+    _write_csv(edges, out)
+    sure = edges[edges["probability"] > SURE]
+    moved = sure["perturbation"].nunique()
+    print(f"{len(edges)} possible edges, {len(sure)} with probability above {SURE}: {out}")
+    print(f"{moved} of {edges['perturbation'].nunique()} perturbations move a programme")
+
+
+def predict(
+    run: Path,
+    perturb: list[str] | str,
+    out: Path,
+    *,
+    cells: PositiveInt = 500,
+    basal: Path | None = None,
+    units: Literal["counts", "lognorm"] | None = None,
+    library: PositiveFloat | None = None,
+    seed: NonNegativeInt = 0,
+    device: str = "auto",
+) -> None:
+    """Predict cells under a perturbation, or a combination nobody measured.
+
+    Args:
+        run: Run folder of the fit.
+        perturb: Perturbation to predict, such as A, A+B or control; repeat it for several.
+        out: File to write (h5ad): the predicted cells, with obs["condition"].
+        cells: Cells of each perturbation.
+        basal: Screen (h5ad file) whose control cells are perturbed; cells are drawn anew if not given.
+        units: "counts", or "lognorm" for log(1 + counts per 10,000).
+        library: Total count of the predicted cells; as in the fitted cells (or the basal ones) if not given.
+        seed: Seed of the draws.
+        device: "auto" takes the GPU if there is one; or "cpu", "cuda".
+    """
+    _check_out(out, *([basal] if basal else []))
+    from pyro_causalcell import predict as rooms
+
+    fitted = _load(run, device)
+    conditions = _listed(perturb)
+    fitted.screen.design(conditions)  # a misspelt name is told before the basal cells are read
+    start = None if basal is None else _basal_cells(fitted, basal)
+    result = rooms.predict(fitted, conditions, cells, basal=start, units=units, library=library, seed=seed)
+    _write_h5ad(result, out)
+    said = {"counts": "in counts", "lognorm": "in log(1 + counts per 10,000)"}
+    shown = said.get(result.uns["causalcell"]["units"], "in the units of the training data")
+    print(f"{result.n_obs:,} cells of {len(conditions)} perturbations x {result.n_vars} genes {shown}: {out}")
+
+
+def evaluate(
+    run: Path,
+    data: Path,
+    out: Path,
+    *,
+    particles: int = 1000,
+    cells: Literal["validation", "test", "all"] | None = None,
+    memory_budget_gb: PositiveFloat = 0.5,
+    seed: NonNegativeInt = 0,
+    threads: PositiveInt | None = None,
+    backed: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+) -> None:
+    """Measure how well a fit explains cells it was not trained on, and whether the number can be trusted.
+
+    Args:
+        run: Run folder of the fit.
+        data: Cells (h5ad file): the fitted ones, or others.
+        out: Table to write (netCDF): negative log-likelihood, Pareto k, effective particles and Monte Carlo
+            error of each cell.
+        particles: Draws per cell. More are slower and better.
+        cells: Which cells of the fitted file. The test cells if not given, or the validation cells where no
+            test cells were kept; all cells of any other file.
+        memory_budget_gb: Memory that the draws may take at once.
+        seed: Seed of the draws.
+        threads: CPU threads; all if not given.
+        backed: Leave the matrix on disk and read cells as needed.
+        device: "auto" takes the GPU if there is one; or "cpu", "cuda".
+        quiet: No progress bar.
+    """
+    _check_particles(particles)
+    _check_out(out, data)
+    from pyro_causalcell.data import Screen, read
+    from pyro_causalcell.evaluate.likelihood import iw_nll
+
+    fitted = _load(run, device)
+    _use_threads(threads)
+    screen = Screen.from_spec(fitted.screen, read(data, backed))
+    rows, words = _evaluated_rows(fitted, screen, cells)
+    table = iw_nll(
+        fitted,
+        screen,
+        rows,
+        n_particles=particles,
+        memory_budget_gb=memory_budget_gb,
+        seed=seed,
+        progress=not quiet,
+    )
+    table.attrs |= {"cells": words, "data": str(data), "run": str(run)}
+    with _whole(out) as part:
+        table.to_netcdf(part, engine="h5netcdf")
+    _print_likelihood(table)
+
+
+def report(
+    run: Path, data: Path, out: Path, *, particles: int = 200, seed: NonNegativeInt = 0, device: str = "auto"
+) -> None:
+    """Write one web page about a fit: graph, programmes, effects, and how far to trust them.
+
+    Args:
+        run: Run folder of the fit.
+        data: The fitted cells (h5ad file), all of them.
+        out: Page to write (HTML). It holds everything and opens without a network.
+        particles: Draws per cell of the likelihood.
+        seed: Seed of every random choice.
+        device: "auto" takes the GPU if there is one; or "cpu", "cuda".
+    """
+    _check_particles(particles)
+    _check_out(out, data)
+    from pyro_causalcell.data import read
+    from pyro_causalcell.report import write_report
+
+    write_report(_load(run, device), read(data), out, n_particles=particles, seed=seed)
+    print(f"report: {out}")
+
+
+def study(
+    name: str, *, out: Path | None = None, quick: bool = False, workers: PositiveInt = 1, quiet: bool = False
+) -> None:
+    """Run a study: a paper's tables, method by method, beside the paper's own numbers.
+
+    Args:
+        name: The study: sparse-shift.
+        out: Folder to write: table.csv, a page of tables, figures; a folder named as the study if not
+            given. A study that was stopped goes on from there.
+        quick: A small size that shows that all works.
+        workers: Fits to run side by side, one for each core.
+        quiet: No progress bar.
+    """
+    from pyro_causalcell.studies import run_study
+
+    place = Path(name) if out is None else out
+    run_study(name, place, quick=quick, workers=workers, progress=not quiet)
+    print(f"study: {place}")
+
+
+def demo(
+    out: Path = Path("demo"),
+    *,
+    epochs: PositiveInt = DEMO_EPOCHS,
+    seed: NonNegativeInt = 0,
+    quiet: bool = False,
+) -> None:
+    """Fit a real CRISPR screen (Papalexi 2021: 25 knock-outs in THP-1 cells) and write its report.
+
+    Args:
+        out: Folder to write: the run, graph.csv and report.html.
+        epochs: Epochs to train.
+        seed: Seed of everything random.
+        quiet: No progress bar.
+    """
+    from pyro_causalcell import inference
+    from pyro_causalcell.data import Screen
+    from pyro_causalcell.datasets import papalexi2021
+    from pyro_causalcell.predict import graph as edges_of
+    from pyro_causalcell.report import write_report
+    from pyro_causalcell.report.summary import summarise_graph
+
+    run, table, page = out / "run", out / "graph.csv", out / "report.html"
+    _check_out(table)
+    print(
+        "Papalexi 2021: 20,729 THP-1 cells, 25 genes knocked out. Training takes a minute or two.", flush=True
+    )
+    screen = Screen(papalexi2021(), "target", "non-targeting", batch="bio_rep")
+    trained = inference.fit(
+        "sparse-shift",
+        None,
+        screen,
+        n_latents=DEMO_LATENTS,
+        epochs=epochs,
+        seed=seed,
+        out=run,
+        progress=not quiet,
+    )
+    edges = edges_of(trained)
+    _write_csv(edges, table)
+    print("Writing the report.", flush=True)
+    write_report(trained, screen, page, seed=seed)
+    print("\n".join(f"- {line}" for line in summarise_graph(edges)[:3]))
+    print(f"run: {run}\ngraph: {table}\nreport (open it in a browser): {page}")
+
+
+# ---------------------------------------------------------------------- parts of commands
+
+
+def _claim_run(out: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to write over a run, or among files of something else."""
+    if resume and overwrite:
+        raise CausalCellError("--resume and --overwrite exclude each other; pass one of them")
+    if out.exists() and not out.is_dir():
+        raise CausalCellError(f"expected a folder as --out, found the file {out}; choose another name")
+    kept = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
+    finished, begun = "fit.json" in kept, "checkpoint.pt" in kept
+    if not (finished or begun):
+        if kept:
+            raise CausalCellError(f"{out} is no run folder and holds other files; choose a new folder")
+    elif resume and not begun:
+        raise CheckpointError(
+            f"{out} holds a fit but no checkpoint to go on from; pass --overwrite to train again"
+        )
+    elif not (resume or overwrite):
+        raise CausalCellError(
+            f"{out} already holds a run; go on with it (--resume), replace it (--overwrite), or choose "
+            "another --out"
+        )
+
+
+def _chosen_settings(settings: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:
+    """Constructor settings that the user gave; models without an argument are not asked for it."""
+    given = {name: value for name, value in named.items() if value is not None}
+    twice = sorted(given.keys() & (settings or {}).keys())
+    if twice:
+        raise CausalCellError(f"{twice[0]} is given twice, by its own option and in --settings; give it once")
+    taken = sorted(TRAINING_SETTINGS & (settings or {}).keys())
+    if taken:
+        raise CausalCellError(f"{taken[0]} is a training setting; pass it as --{taken[0].replace('_', '-')}")
+    return {**(settings or {}), **given}
+
+
+def _control(control: list[str] | str | None, no_controls: bool) -> list[str] | None:
+    """Spellings of control; None for a screen that has none, which the user must say."""
+    names = _listed(control)
+    if bool(names) == no_controls:
+        found = "both" if names else "neither"
+        raise CausalCellError(
+            "expected either --control NAME (how control cells are called) or --no-controls (the screen has "
+            f"none), found {found}"
+        )
+    return names or None
+
+
+def _listed(names: list[str] | str | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
+
+
+def _split(screen: "Screen", validation: float, test: float, hold_out: list[str], seed: int) -> "Split":
+    """Random cells, or held-out perturbations or combinations."""
+    from pyro_causalcell.data import held_out_combinations, held_out_perturbations, random_cells
+
+    if not hold_out:
+        return random_cells(screen, validation=validation, test=test, seed=seed)
+    if test:
+        raise CausalCellError("--hold-out chooses the test cells; leave out --test")
+    combined = [len(screen.describe().split(name)) > 1 for name in hold_out]
+    if all(combined):
+        return held_out_combinations(screen, hold_out, seed=seed, validation=validation)
+    if any(combined):
+        raise CausalCellError(
+            f"expected only single perturbations or only combinations in --hold-out, found {hold_out}"
+        )
+    return held_out_perturbations(screen, hold_out, seed=seed, validation=validation)
+
+
+def _load(run: Path, device: str) -> "Fit":
+    from pyro_causalcell.inference import Fit
+    from pyro_causalcell.inference.training import pick_device
+
+    return Fit.load(run, device=pick_device(device))
+
+
+def _check_particles(particles: int) -> None:
+    if particles < MIN_PARTICLES:
+        raise CausalCellError(
+            f"expected at least {MIN_PARTICLES} particles, found {particles}: Pareto k looks at the "
+            "largest fifth of them; 1000 is a good start"
+        )
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _basal_cells(fitted: "Fit", path: Path) -> "Screen":
+    """The control cells of a file."""
+    from pyro_causalcell.data import Screen, read
+
+    adata = read(path)
+    control_n = Screen.from_spec(fitted.screen, adata, unknown="mark").condition_n == 0
+    if not control_n.any():
+        raise DataError(
+            f"no control cells in {path}: no value of obs[{fitted.screen.perturbation!r}] is one of "
+            f"{fitted.screen.control or ['control']}; leave out --basal to draw cells anew"
+        )
+    return Screen.from_spec(fitted.screen, adata[control_n].copy())
+
+
+def _evaluated_rows(
+    fitted: "Fit", screen: "Screen", cells: Literal["validation", "test", "all"] | None
+) -> "tuple[np.ndarray, str]":
+    """Which cells, and what they are in words."""
+    import numpy as np
+
+    split, everything = fitted.split, np.arange(screen.n_cells)
+    if not _is_fitted_file(fitted, screen):
+        if cells in ("validation", "test"):
+            raise DataError(
+                f"--cells {cells} needs the fitted file, and these are other cells (their number, "
+                "perturbations or totals differ); leave out --cells to evaluate all of them"
+            )
+        return everything, "all cells of a file that was not fitted"
+    if cells == "all":
+        return everything, "all cells, with those trained on"
+    rows = {"test": split.test, "validation": split.validation}
+    names = [cells] if cells else ["test", "validation"]
+    for name in names:
+        if len(rows[name]):
+            return rows[name], f"{name} cells, not trained on"
+    raise DataError(f"the fit kept no {' or '.join(names)} cells; pass --cells all to evaluate all")
+
+
+def _is_fitted_file(fitted: "Fit", screen: "Screen") -> bool:
+    """Whether these are the fitted cells in their order, told by conditions, totals and batches."""
+    from pyro_causalcell.inference.fitted import CellSummary
+
+    split = fitted.split
+    same_size = screen.n_cells == len(split.train) + len(split.validation) + len(split.test)
+    return (
+        same_size
+        and screen.describe().condition_cells == fitted.screen.condition_cells
+        and CellSummary.of(screen, split.train) == fitted.cells
+    )
+
+
+def _print_fit(fitted: "Fit") -> None:
+    history = fitted.history
+    trained = f"{len(history)} epochs, {history['seconds'].sum():,.0f} s"
+    cells = f"{len(fitted.split.train):,} cells x {fitted.dims.n_genes:,} genes"
+    print(f"{type(fitted.model).__name__} trained on {cells}: {trained}")
+    if history["validation_loss"].notna().any():
+        best = history["validation_loss"].where(history["stage"] == "training").min()
+        print(f"best validation loss: {best:,.2f} nats per cell")
+    print(f"run: {fitted.path}")
+
+
+def _print_likelihood(table: "xr.Dataset") -> None:
+    """Five lines: cells, mean, Pareto k, effective particles, advice."""
+    nll_n, k_n = table["nll"].values, table["pareto_k"].values
+    bad = float((k_n > GOOD_K).mean())
+    error = f"{nll_n.std(ddof=1) / len(nll_n) ** 0.5:,.2f}" if len(nll_n) > 1 else "unknown"
+    particles = table.attrs["n_particles"]
+    print(f"cells: {len(nll_n):,} {table.attrs['cells']}")
+    print(f"mean NLL: {nll_n.mean():,.2f} nats per cell, standard error {error}")
+    print(f"Pareto k above {GOOD_K}: {bad:.1%} of cells")
+    print(f"effective particles: median {float(table['ess'].median()):,.1f} of {particles}")
+    if bad:
+        print(
+            f"advice: do not rank models by these numbers while k is above {GOOD_K}; use more --particles, "
+            "or compare on the cells with low k in both"
+        )
+    else:
+        print("advice: these numbers can be compared between models on the same cells")
+
+
+def _check_out(out: Path, *inputs: Path) -> None:
+    """Tell before the work what would stop its result from being written."""
+    if out.is_dir():
+        raise CausalCellError(f"expected a file as --out, found the folder {out}; name a file in it")
+    if any(path.exists() and out.exists() and path.samefile(out) for path in inputs):
+        raise CausalCellError(f"--out {out} is the file that is read; choose another name")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(out, error) from error
+    if not os.access(out.parent, os.W_OK):
+        raise CausalCellError(f"{out.parent} cannot be written to; choose another --out")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A place to write to, which becomes ``path`` when it is complete."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # HDF5 tells of a full disk by either
+        raise _unwritable(path, error) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: Exception) -> CausalCellError:
+    return CausalCellError(
+        f"{path} could not be written: {error}. Free space or choose another --out; an older file is kept"
+    )
+
+
+def _write_h5ad(adata: "ad.AnnData", out: Path) -> None:
+    with _whole(out) as part:
+        adata.write_h5ad(part)
+
+
+def _write_csv(table: "pd.DataFrame", out: Path) -> None:
+    with _whole(out) as part:
+        table.to_csv(part, index=False)
+
+
+# ---------------------------------------------------------------------- from signatures to options
+
+
+class _Command(NamedTuple):
+    """How a function is shown: its arguments by position, and groups of options with what they take."""
+
+    run: Callable[..., None]
+    positional: tuple[str, ...]
+    groups: Mapping[str, str]
+
+    @property
+    def arguments(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.run).parameters
+
+    def shown(self) -> dict[str, dict[str, str]]:
+        """Groups of arguments, each with the word that stands for its value."""
+        groups = {"input": {name: name.upper() for name in self.positional}} if self.positional else {}
+        for title, options in self.groups.items():
+            pairs = (option.strip().partition(" ") for option in options.split(","))
+            groups[title] = {name: takes for name, _, takes in pairs}
+        return groups
+
+    def flags(self) -> set[str]:
+        """Options that take no value."""
+        return {name for name, argument in self.arguments.items() if argument.annotation is bool}
+
+    def repeated(self) -> set[str]:
+        """Options that may be given several times."""
+        return {n for n, a in self.arguments.items() if list[str] in typing.get_args(a.annotation)}
+
+
+_TRAINING = (
+    "epochs N, max_epochs N, patience N, warm_start N, batch_size N, lr X, lr_drops N, adam_eps X, "
+    "weight_decay X, clip X, weights ..., warmup ..., memory_budget_gb X, seed N, device auto|cpu|cuda, "
+    "threads N"
+)
+
+TRAINING_SETTINGS = {option.split()[0] for option in _TRAINING.split(", ")}
+
+COMMANDS = {
+    "simulate": _Command(
+        simulate,
+        (),
+        {
+            "result": "out FILE.h5ad",
+            "what to simulate": "preset released|paper|clean, n_latents N, n_genes N, n_interventions N, "
+            "n_train N, cells_per_intervention N, n_control_cells N, effect X, sparsity X, "
+            "n_targeted_latents N, library_size X, library_log_sd X, inverse_dispersion X, seed N, "
+            "decoder_seed N",
+        },
+    ),
+    "fit": _Command(
+        fit,
+        ("data",),
+        {
+            "your data": "perturbation COLUMN, control NAME, no_controls, layer LAYER, batch COLUMN, "
+            "separator TEXT, time COLUMN, dose COLUMN, library COLUMN, gene_symbols COLUMN, min_cells N, "
+            "allow_empty, backed",
+            "cells kept out of training": "validation FRACTION, test FRACTION, hold_out NAME",
+            "model": "model NAME|FILE.py:Class, guide NAME|FILE.py:Class, latents K, "
+            "likelihood nb|poisson|gaussian, gates posterior|open|closed|sampled, settings ...",
+            "training": _TRAINING,
+            "result": "out RUN, resume, overwrite, quiet",
+        },
+    ),
+    "latents": _Command(
+        latents, ("run", "data"), {"result": "out FILE.h5ad", "how": "backed, device auto|cpu|cuda"}
+    ),
+    "graph": _Command(graph, ("run",), {"result": "out FILE.csv"}),
+    "predict": _Command(
+        predict,
+        ("run",),
+        {
+            "what to predict": "perturb NAME, cells N, basal FILE.h5ad, units counts|lognorm, library X",
+            "result": "out FILE.h5ad",
+            "how": "seed N, device auto|cpu|cuda",
+        },
+    ),
+    "evaluate": _Command(
+        evaluate,
+        ("run", "data"),
+        {
+            "what to measure": "particles N, cells validation|test|all",
+            "result": "out FILE.nc, quiet",
+            "how": "memory_budget_gb X, seed N, threads N, backed, device auto|cpu|cuda",
+        },
+    ),
+    "report": _Command(
+        report,
+        ("run", "data"),
+        {"result": "out FILE.html", "how": "particles N, seed N, device auto|cpu|cuda"},
+    ),
+    "study": _Command(study, ("name",), {"result": "out FOLDER, quiet", "how": "quick, workers N"}),
+    "demo": _Command(demo, (), {"result": "out FOLDER", "how": "epochs N, seed N, quiet"}),
+}
+
+
+class _Help(DefaultHelpFormatter):
+    """Help without types: option, what it takes, one sentence, default."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse._SubParsersAction):
+            return "one of"
+        if not action.option_strings:
+            return str(super()._format_action_invocation(action))
+        takes = action.metavar if isinstance(action.metavar, str) else ""
+        names = [name for name in action.option_strings if not name.endswith("+")]
+        return f"{', '.join(_dashed(name) for name in names)} {takes}".rstrip()
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said = action.help or ""
+        if "--print_config" in action.option_strings:
+            return "Print all options with their values, as a YAML file for --config, and exit."
+        if action.required and action.option_strings:
+            return f"{said} (required)"
+        unset = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        return said if unset or not action.option_strings else f"{said} (default: {action.default})"
+
+
+def _dashed(option: str) -> str:
+    return option.replace("_", "-")
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=PROGRAM,
+        description="What does a perturbation do to single cells? Fit a model to a screen, read its graph, "
+        "predict what was not measured.",
+        exit_on_error=False,
+        version=__version__,
+        formatter_class=_Help,
+    )
+    commands = parser.add_subcommands(required=True, metavar="COMMAND", title="commands", description=None)
+    for name, command in COMMANDS.items():
+        first = (inspect.getdoc(command.run) or "").split("\n", 1)[0]
+        commands.add_subcommand(name, _command_parser(name, command, first), help=first)
+    return parser
+
+
+def _command_parser(name: str, command: _Command, description: str) -> ArgumentParser:
+    groups = command.shown()
+    takes = {option: value for group in groups.values() for option, value in group.items()}
+    required = [n for n, a in command.arguments.items() if a.default is inspect.Parameter.empty]
+    words = [n.upper() if n in command.positional else f"--{_dashed(n)} {takes[n]}" for n in required]
+    if "no_controls" in takes:
+        words.insert(-1, "(--control NAME | --no-controls)")
+    parser = ArgumentParser(
+        usage=" ".join([PROGRAM, name, *words, "[options]"]),
+        description=description,
+        exit_on_error=False,
+        formatter_class=_Help,
+    )
+    parser.add_argument(
+        "--config", action="config", metavar="FILE.yaml", help="Read options from a YAML file."
+    )
+    for title, options in groups.items():
+        group = parser.add_argument_group(title)
+        for option in options:  # one at a time, for the order written above
+            others: set[str | int] = {other for other in command.arguments if other != option}
+            group.add_function_arguments(
+                command.run, as_group=False, as_positional=option in command.positional, skip=others
+            )
+            group._group_actions[-1].metavar = takes[option]
+    return parser
+
+
+def _tidy(argv: Sequence[str]) -> list[str]:
+    """Options as jsonargparse wants them: underscores, flags with a value, repeated options as one list."""
+    name = next((word for word in argv if word in COMMANDS), None)
+    if name is None:
+        return list(argv)
+    flags, repeated = COMMANDS[name].flags(), COMMANDS[name].repeated()
+    lists: dict[str, list[str]] = {}
+    words, tidy = iter(argv), []
+    for word in words:
+        option, equals, value = word.partition("=")
+        key = option[2:].replace("-", "_") if option.startswith("--") else ""
+        if key in flags and not equals:
+            tidy.append(f"--{key}=true")
+        elif key in repeated:
+            given = value if equals else next(words, None)
+            if given is None:
+                tidy.append(f"--{key}")  # jsonargparse tells that the value is missing
+            else:
+                lists.setdefault(key, []).extend(_items(given))
+        else:
+            tidy.append(f"--{key}{equals}{value}" if key else word)
+    return tidy + [f"--{key}={json.dumps(values)}" for key, values in lists.items()]
+
+
+def _items(text: str) -> list[str]:
+    """One name, or a list of names as in YAML: ``[A, A+B]``."""
+    return [item.strip(" '\"") for item in text[1:-1].split(",")] if text[:1] + text[-1:] == "[]" else [text]
+
+
+# ---------------------------------------------------------------------- running
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Its words; those of the process if None.
+
+    Returns:
+        Exit code: 0, 2 after a user's mistake (one line on stderr says which), 130 after Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = next((word for word in argv if word in COMMANDS), "")
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")  # what a user must know, the commands say themselves
+            _run(argv)
+    except argparse.ArgumentError as error:
+        return _say(_plain_mistake(str(error), name))
+    except CausalCellError as error:
+        return _say(_as_options(str(error), name))
+    except KeyboardInterrupt:
+        _say(_how_to_go_on(argv, name))
+        return 130
+    return 0
+
+
+def _run(argv: Sequence[str]) -> None:
+    chosen = _parser().parse_args(_tidy(argv))
+    arguments = vars(chosen[chosen.subcommand])
+    arguments.pop("config")
+    COMMANDS[chosen.subcommand].run(**{name: _built_in(value) for name, value in arguments.items()})
+
+
+def _built_in(value: Any) -> Any:
+    """A value without jsonargparse's number types, which a checkpoint could not be read back with."""
+    if isinstance(value, dict):
+        return {key: _built_in(item) for key, item in value.items()}
+    for kind in (int, float):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return value
+
+
+def _say(message: str) -> int:
+    print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _how_to_go_on(argv: Sequence[str], name: str) -> str:
+    """What is left after Ctrl-C."""
+    if name == "fit":
+        chosen = _parser().parse_args(_tidy(argv))
+        if (chosen.fit.out / "checkpoint.pt").exists():
+            again = [word for word in argv if word not in ("--overwrite", "--resume")]
+            return (
+                f"stopped; {chosen.fit.out} holds the last whole epoch. Go on with: "
+                f"{PROGRAM} {shlex.join(again)} --resume"
+            )
+        return "stopped before the first epoch was over; nothing was kept"
+    return (
+        "stopped; nothing was written" if name != "study" else "stopped; the same command goes on from here"
+    )
+
+
+def _as_options(message: str, name: str) -> str:
+    """A message of the library in the words of the command line: ``layer='counts'`` is ``--layer counts``."""
+    if name not in COMMANDS:
+        return message
+    for option in COMMANDS[name].arguments:
+        written = _dashed(option)
+        message = re.sub(rf"\b{option}=True\b", f"--{written}", message)
+        message = re.sub(rf"\b{option}=None\b", f"no --{written}", message)
+        message = re.sub(rf"\b{option}=(['\"])(.*?)\1", rf"--{written} \2", message)
+        message = re.sub(rf"\b{option}=(-?[\w.]*\w)", rf"--{written} \1", message)
+        message = re.sub(rf"\b{option}=", f"--{written}", message)
+    return message
+
+
+def _plain_mistake(message: str, name: str) -> str:
+    """What jsonargparse says about arguments, in plain words."""
+    usage = f"see {PROGRAM} {name} --help" if name else f"see {PROGRAM} --help"
+    if match := re.match(r"the following arguments are required: (.*)", message):
+        command = COMMANDS[name]
+        missing = [word.rpartition(".")[2] for word in match[1].split(", ")]
+        shown = (n.upper() if n in command.positional else f"--{_dashed(n)}" for n in missing)
+        return f"missing {', '.join(shown)}; {usage}"
+    if match := re.match(r"unrecognized arguments: (\S+)", message):
+        return f"{_unknown(match[1], name)}; {usage}"
+    if match := re.search(r"invalid choice: '(.*?)'", message):
+        near = difflib.get_close_matches(match[1], COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(COMMANDS)}"
+        return f"unknown command {match[1]!r}; {hint}"
+    if "subcommand" in message and "not provided" in message:
+        return f"expected a command: {', '.join(COMMANDS)}; {usage}"
+    match = re.search(r'Parser key "(\w+)"', message)
+    if match and name and match[1] in COMMANDS[name].arguments:
+        values = ["".join(found) for found in _FOUND.findall(message)]
+        takes = _takes(COMMANDS[name].arguments[match[1]].annotation)
+        found = _value(values[-1]) if values else "nothing"
+        return f"expected {takes} for --{_dashed(match[1])}, found {found}; {usage}"
+    return f"{message}; {usage}"
+
+
+def _unknown(word: str, name: str) -> str:
+    if not word.startswith("-"):
+        return f"unexpected argument {word!r}"
+    known = [f"--{_dashed(n)}" for n in COMMANDS[name].arguments] if name else []
+    near = difflib.get_close_matches(_dashed(word.partition("=")[0]), known, 1)
+    return f"unknown option {_dashed(word)}{f', did you mean {near[0]}?' if near else ''}"
+
+
+_FOUND = re.compile(
+    r"(?:Given|Got) value: (.*)|: (\S+) does not conform|base 10: '(.*)'|string to float: '(.*)'"
+)
+"""Where jsonargparse says which value it found."""
+
+
+def _value(text: str) -> str:
+    """A value as the user wrote it; jsonargparse shows ``--a.b c`` as NestedArg(key='b', val='c')."""
+    nested = re.match(r"NestedArg\(key='(.*)', val='(.*)'\)", text)
+    return repr(nested[2] if nested else text)
+
+
+def _takes(annotation: Any) -> str:
+    """A type, in words."""
+    if typing.get_origin(annotation) is Literal:
+        return f"one of {', '.join(typing.get_args(annotation))}"
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return _takes(next(a for a in typing.get_args(annotation) if a is not types.NoneType))
+    origin = typing.get_origin(annotation) or annotation
+    words = {
+        PositiveInt: "a whole number above 0",
+        NonNegativeInt: "a whole number, 0 or more",
+        PositiveFloat: "a number above 0",
+        NonNegativeFloat: "a number, 0 or more",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        dict: "names with values",
+    }
+    return words.get(origin, "text")

@@ -1,0 +1,34 @@
+"""The tensors that pass between the rooms."""
+
+import torch
+
+from pyro_causalcell.batch import Batch, Dims
+
+
+def _batch(n: int = 3) -> Batch:
+    return Batch(
+        x_ng=torch.ones(n, 4),
+        u_np=torch.zeros(n, 2),
+        library_n1=torch.full((n, 1), 4.0),
+        batch_nb=torch.zeros(n, 0),
+        condition_n=torch.zeros(n, dtype=torch.long),
+        index_n=torch.arange(n),
+        n_total=10,
+    )
+
+
+def test_number_of_cells_does_not_need_x():
+    assert _batch(3)._replace(x_ng=None).n_cells == 3
+
+
+def test_to_moves_every_tensor_and_the_batches_inside():
+    moved = _batch()._replace(time_n=torch.ones(3), control=_batch(2)).to("meta")
+    for batch in (moved, moved.control):
+        tensors = [field for field in batch if isinstance(field, torch.Tensor)]
+        assert len(tensors) >= 6 and {t.device.type for t in tensors} == {"meta"}
+    assert moved.n_total == 10 and moved.next is None
+    assert _batch()._replace(x_ng=None).to("cpu").x_ng is None
+
+
+def test_dims_are_the_arguments_models_take():
+    assert Dims._fields == ("n_cells", "n_genes", "n_targets", "n_batches", "target_cells")

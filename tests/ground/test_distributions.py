@@ -1,0 +1,262 @@
+"""The distributions against high precision, torch's own, enumeration and sampled moments."""
+
+import itertools
+
+import mpmath
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import kl_divergence
+
+from pyro_causalcell.distributions import (
+    Gate,
+    GatedNormal,
+    MeanFieldGate,
+    NegativeBinomial,
+    UncertainMeanNormal,
+)
+
+MEANS = (1e-8, 1e-3, 1.0, 40.0, 1e4, 1e7)
+THETAS = (1e-3, 0.3, 5.0, 200.0, 1e5)
+COUNTS = (0, 1, 3, 511, 512, 513, 20_000, 1_000_000)
+
+
+def _exact(x: float, mean: float, theta: float) -> float:
+    """log NB with 50 digits."""
+    with mpmath.workdps(50):
+        x, mean, theta = (mpmath.mpf(float(a)) for a in (x, mean, theta))
+        value = mpmath.loggamma(x + theta) - mpmath.loggamma(theta) - mpmath.loggamma(x + 1)
+        value += theta * mpmath.log(theta / (theta + mean)) + x * mpmath.log(mean / (theta + mean))
+        return float(value)
+
+
+def _exact_slopes(x: float, mean: float, theta: float) -> tuple[float, float]:
+    """d/d log mean and d/dθ of log NB with 50 digits."""
+    with mpmath.workdps(50):
+        x, mean, theta = (mpmath.mpf(float(a)) for a in (x, mean, theta))
+        by_log_mean = theta * (x - mean) / (theta + mean)
+        by_theta = mpmath.digamma(x + theta) - mpmath.digamma(theta)
+        by_theta += mpmath.log(theta / (theta + mean)) + (mean - x) / (theta + mean)
+        return float(by_log_mean), float(by_theta)
+
+
+def _grid() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Counts and log means of all combinations, shape n, g, and one θ per gene g."""
+    rows = list(itertools.product(MEANS, COUNTS))
+    log_mean_n1 = torch.tensor([m for m, _ in rows]).log().unsqueeze(1)
+    x_n1 = torch.tensor([float(x) for _, x in rows]).unsqueeze(1)
+    theta_g = torch.tensor(THETAS)
+    shape = (len(rows), len(theta_g))
+    return x_n1.expand(shape).contiguous(), log_mean_n1.expand(shape).contiguous(), theta_g
+
+
+@pytest.mark.parametrize("per_gene", [True, False], ids=["table", "lgamma"])
+def test_nb_value_over_extremes(per_gene):
+    x_ng, log_mean_ng, theta_g = _grid()
+    theta = theta_g if per_gene else theta_g.expand(len(x_ng), -1)
+    found_ng = NegativeBinomial(inverse_dispersion=theta, log_mean=log_mean_ng).log_prob(x_ng).numpy()
+    true_means = log_mean_ng.double().exp().numpy()
+    expected_ng = np.vectorize(_exact)(x_ng.numpy(), true_means, theta_g.double().numpy())
+    error = np.abs(found_ng - expected_ng) / np.maximum(1, np.abs(expected_ng))
+    assert error[x_ng.numpy() <= 513].max() < 2e-6
+    assert error.max() < 1e-3  # a millionth of the counts' own rounding, in float32
+
+
+@pytest.mark.parametrize("per_gene", [True, False], ids=["table", "lgamma"])
+def test_nb_gradients_over_extremes(per_gene):
+    x_ng, log_mean_ng, theta_g = _grid()
+    log_mean_ng.requires_grad_()
+    theta = theta_g.expand(len(x_ng), -1).contiguous().requires_grad_()
+    for row in range(len(x_ng)):  # row by row, so that each θ gets its own gradient in both forms
+        given = theta[row] if per_gene else theta[row : row + 1]
+        nb = NegativeBinomial(inverse_dispersion=given, log_mean=log_mean_ng[row : row + 1])
+        nb.log_prob(x_ng[row : row + 1]).sum().backward()
+    means = log_mean_ng.detach().double().exp().numpy()
+    by_log_mean, by_theta = np.vectorize(_exact_slopes)(x_ng.numpy(), means, theta_g.double().numpy())
+    np.testing.assert_allclose(log_mean_ng.grad, by_log_mean, rtol=2e-5, atol=1e-6)
+    by_log_theta, found = by_theta * theta_g.numpy(), (theta.grad * theta_g).numpy()
+    assert (np.abs(found - by_log_theta) < 1e-3 + 1e-4 * np.abs(by_log_theta) + 1e-6 * x_ng.numpy()).all()
+
+
+def test_nb_equals_torch_and_both_forms_agree():
+    generator = torch.Generator().manual_seed(0)
+    x_ng = torch.poisson(torch.rand(50, 30, generator=generator) * 20, generator=generator).double()
+    values = []
+    for form in ("table", "lgamma", "torch"):
+        log_mean = torch.linspace(-3, 4, 1500, dtype=torch.double).reshape(50, 30).requires_grad_()
+        theta = torch.linspace(0.1, 30, 30, dtype=torch.double).requires_grad_()
+        if form == "torch":
+            nb = dist.NegativeBinomial(theta, logits=log_mean - theta.log())
+        else:
+            given = theta if form == "table" else theta.unsqueeze(0)
+            nb = NegativeBinomial(inverse_dispersion=given, log_mean=log_mean)
+        log_prob = nb.log_prob(x_ng)
+        weights = torch.linspace(0.5, 2, 1500, dtype=torch.double).reshape(50, 30)
+        values.append((log_prob, *torch.autograd.grad((weights * log_prob).sum(), [log_mean, theta])))
+    for other in values[1:]:
+        for a, b in zip(values[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_nb_passes_gradcheck():
+    x_ng = torch.tensor([[0.0, 600.0, 3.0], [2.0, 1.0, 0.0]], dtype=torch.double)
+    log_mean = torch.randn(4, 2, 3, dtype=torch.double, requires_grad=True)
+    theta = torch.tensor([0.4, 7.0, 2.0], dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda m, t: NegativeBinomial(inverse_dispersion=t, log_mean=m).log_prob(x_ng), (log_mean, theta)
+    )
+
+
+def test_nb_count_terms_are_not_repeated_over_particles(monkeypatch):
+    """Terms in x and θ alone keep the shape of x, also after a plate has expanded the distribution."""
+    shapes = []
+    terms = NegativeBinomial._log_count_terms
+
+    def spy(self, x, theta):
+        result = terms(self, x, theta)
+        shapes.append((tuple(theta.shape), tuple(result.shape)))
+        return result
+
+    monkeypatch.setattr(NegativeBinomial, "_log_count_terms", spy)
+    x_ng, theta_g = torch.ones(4, 3), torch.tensor([1.0, 2.0, 3.0])
+    nb = NegativeBinomial(inverse_dispersion=theta_g, log_mean=torch.zeros(7, 4, 3))
+    assert nb.to_event(1).log_prob(x_ng).shape == (7, 4)
+    one = NegativeBinomial(inverse_dispersion=theta_g, log_mean=torch.zeros(4, 3))
+    expanded = one.expand(torch.Size((7, 4, 3)))
+    assert expanded.batch_shape == (7, 4, 3) and expanded.inverse_dispersion.shape == (3,)
+    torch.testing.assert_close(expanded.log_prob(x_ng), one.log_prob(x_ng).expand(7, 4, 3))
+    assert set(shapes) == {((3,), (4, 3))}
+
+
+def test_nb_moments_of_draws():
+    torch.manual_seed(0)
+    mean_g, theta_g = torch.tensor([0.5, 8.0, 300.0]), torch.tensor([0.3, 2.0, 50.0])
+    nb = NegativeBinomial(mean_g, theta_g)
+    x_sg = nb.sample((40_000,))
+    assert x_sg.shape == (40_000, 3) and bool((x_sg == x_sg.round()).all()) and not x_sg.requires_grad
+    torch.testing.assert_close(x_sg.mean(0), nb.mean, rtol=0.05, atol=0.0)
+    torch.testing.assert_close(x_sg.var(0), nb.variance, rtol=0.1, atol=0.0)
+    torch.testing.assert_close(nb.variance, mean_g + mean_g**2 / theta_g)
+    assert nb.expand(torch.Size((5, 3))).sample((2,)).shape == (2, 5, 3)
+
+
+def test_nb_sums_to_one():
+    x_n1 = torch.arange(3000.0).unsqueeze(1)
+    nb = NegativeBinomial(torch.tensor([0.2, 3.0, 40.0]), torch.tensor([0.5, 1.0, 9.0]))
+    torch.testing.assert_close(nb.log_prob(x_n1.expand(-1, 3)).exp().sum(0), torch.ones(3), rtol=1e-5, atol=0)
+
+
+def test_nb_refuses_what_it_cannot_use():
+    one = torch.ones(2)
+    with pytest.raises(ValueError, match="exactly one of mean and log_mean"):
+        NegativeBinomial(one, one, log_mean=one)
+    with pytest.raises(ValueError, match="inverse_dispersion"):
+        NegativeBinomial(one)
+    with pytest.raises(ValueError, match="inverse_dispersion"):
+        NegativeBinomial(one, -one, validate_args=True)
+    with pytest.raises(ValueError, match="log_mean"):
+        NegativeBinomial(-one, one, validate_args=True)
+    with pytest.raises(ValueError, match="value"):
+        NegativeBinomial(one, one, validate_args=True).log_prob(torch.tensor([0.5, 1.0]))
+
+
+def test_nb_second_derivatives_know_the_table():
+    x_ng = torch.tensor([[0.0, 600.0, 3.0], [2.0, 1.0, 0.0]], dtype=torch.double)
+    log_mean = torch.randn(2, 3, dtype=torch.double, requires_grad=True)
+    theta = torch.tensor([0.4, 7.0, 2.0], dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda m, t: NegativeBinomial(inverse_dispersion=t, log_mean=m).log_prob(x_ng), (log_mean, theta)
+    )
+
+
+# ---------------------------------------------------------------- gates and normals
+
+
+def test_uncertain_mean_normal_is_the_exact_expectation_over_gates():
+    """E over independent binary gates of log N(z; Σ u γ μ, 1), by full enumeration."""
+    torch.manual_seed(0)
+    u_p, mu_p, phi_p = torch.tensor([1.0, 2.0, 0.0, 0.5]), torch.randn(4), torch.rand(4)
+    z = torch.tensor(0.7)
+    expected = torch.zeros(())
+    for gates in itertools.product([0.0, 1.0], repeat=4):
+        gate_p = torch.tensor(gates)
+        weight = (phi_p**gate_p * (1 - phi_p) ** (1 - gate_p)).prod()
+        expected = expected + weight * dist.Normal(u_p @ (gate_p * mu_p), 1.0).log_prob(z)
+    found = UncertainMeanNormal(u_p @ (phi_p * mu_p), u_p**2 @ (phi_p * (1 - phi_p) * mu_p**2)).log_prob(z)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_uncertain_mean_normal_kl_is_the_average_of_its_own_log_probabilities():
+    """The registered KL equals the integral of log q − log p (Gauss-Hermite quadrature)."""
+    q = dist.Normal(torch.tensor([0.3, -1.0]), torch.tensor([0.5, 1.7]))
+    p = UncertainMeanNormal(torch.tensor([1.0, 0.0]), torch.tensor([0.8, 0.0]))
+    nodes, weights = np.polynomial.hermite_e.hermegauss(20)
+    z_s2 = q.loc + q.scale * torch.tensor(nodes, dtype=torch.float32).unsqueeze(1)
+    gap = (q.log_prob(z_s2) - p.log_prob(z_s2)).double().numpy()
+    np.testing.assert_allclose(kl_divergence(q, p), weights @ gap / weights.sum(), rtol=1e-5)
+    plain = kl_divergence(q, dist.Normal(p.loc, 1.0))
+    torch.testing.assert_close(kl_divergence(q, p)[1], plain[1])  # no variance: a plain normal
+
+
+def test_uncertain_mean_normal_shapes_draws_and_device_of_gradients():
+    torch.manual_seed(0)
+    loc = torch.tensor([1.0, -2.0], requires_grad=True)
+    p = UncertainMeanNormal(loc, torch.tensor(0.5)).expand(torch.Size((3, 2)))
+    assert p.batch_shape == (3, 2) and p.to_event(1).event_shape == (2,)
+    draw = p.rsample((20_000,))
+    torch.testing.assert_close(draw.mean((0, 1)), loc.detach(), atol=0.03, rtol=0)
+    torch.testing.assert_close(draw.var((0, 1)), torch.ones(2), atol=0.05, rtol=0)
+    draw.mean().backward()
+    torch.testing.assert_close(loc.grad, torch.full((2,), 0.5))
+
+
+def test_mean_field_gate_draws_its_probability_with_a_gradient():
+    logit = torch.tensor([-1.0, 0.0, 3.0], requires_grad=True)
+    gate = MeanFieldGate(logits=logit)
+    draw = gate.rsample((4,))
+    torch.testing.assert_close(draw, torch.sigmoid(logit).expand(4, 3))
+    assert gate.has_rsample and not Gate(logits=logit).has_rsample
+    draw.sum().backward()
+    assert bool((logit.grad > 0).all())
+    binary = Gate(logits=logit.detach()).sample((100,))
+    assert set(binary.unique().tolist()) <= {0.0, 1.0}
+
+
+def test_gate_log_prob_is_linear_between_closed_and_open():
+    gate = Gate(torch.tensor([0.2, 0.9]))
+    part = torch.tensor([0.3, 0.75])
+    ends = part * gate.log_prob(torch.ones(2)) + (1 - part) * gate.log_prob(torch.zeros(2))
+    torch.testing.assert_close(gate.log_prob(part), ends)
+    with pytest.raises(ValueError, match="value"):
+        Gate(torch.tensor([0.2]), validate_args=True).log_prob(torch.tensor([1.5]))
+
+
+@pytest.mark.parametrize("q_class", [Gate, MeanFieldGate])
+def test_gate_kl_is_the_bernoulli_kl(q_class):
+    q, p = torch.tensor([0.01, 0.5, 0.99]), torch.tensor([0.3, 0.05, 0.6])
+    expected = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    torch.testing.assert_close(kl_divergence(q_class(q), Gate(p)), expected)
+
+
+def test_gated_normal_scores_by_its_gate():
+    gate, loc, scale = torch.tensor([0.0, 0.4, 1.0]), torch.tensor(1.0), torch.tensor(2.0)
+    p = GatedNormal(gate, loc, scale)
+    value = torch.tensor([5.0, -1.0, 0.5])
+    torch.testing.assert_close(p.log_prob(value), gate * dist.Normal(loc, scale).log_prob(value))
+    q = GatedNormal(gate, torch.tensor([0.1, -2.0, 3.0]), torch.tensor([0.2, 1.0, 0.5]))
+    plain = kl_divergence(dist.Normal(q.loc, q.scale), dist.Normal(p.loc, p.scale))
+    torch.testing.assert_close(kl_divergence(q, p), gate * plain)
+    wide = p.expand(torch.Size((2, 3)))
+    assert wide.gate.shape == wide.loc.shape == wide.rsample().shape == (2, 3)
+    with pytest.raises(ValueError, match="gate"):
+        GatedNormal(torch.tensor([1.2]), 0.0, 1.0, validate_args=True)
+
+
+@pytest.mark.gpu
+def test_nb_on_a_gpu_equals_the_cpu():
+    x_ng, log_mean_ng, theta_g = _grid()
+    cpu = NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_ng).log_prob(x_ng)
+    nb = NegativeBinomial(inverse_dispersion=theta_g.cuda(), log_mean=log_mean_ng.cuda())
+    torch.testing.assert_close(nb.log_prob(x_ng.cuda()).cpu(), cpu, rtol=1e-4, atol=1e-3)
+    assert nb.sample().is_cuda

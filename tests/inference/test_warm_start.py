@@ -1,0 +1,160 @@
+"""Sparse rotation: known rotations come back; turning the axes changes no likelihood."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import ortho_group
+
+from pyro_causalcell.batch import Rotation
+from pyro_causalcell.data import Minibatches, random_cells
+from pyro_causalcell.inference import Pair, fit, sparse_rotation
+from pyro_causalcell.inference.posterior import encode
+from pyro_causalcell.inference.warm_start import can_rotate
+
+
+def _sparse_latents(design: str, controls: bool, k: int = 6, seed: int = 1):
+    """Latents with sparse shifts, seen through an unknown linear map."""
+    rng = np.random.default_rng(seed)
+    n_targets, n_each = 18, 120
+    shift_pk = np.zeros((n_targets, k))
+    for p in range(n_targets):
+        hit = rng.choice(k, size=rng.integers(1, 3), replace=False)
+        shift_pk[p, hit] = rng.choice([-1, 1], len(hit)) * rng.uniform(2, 4, len(hit))
+    rows = [np.eye(n_targets)[p] for p in range(n_targets)]
+    if design == "multi-hot":
+        rows += [rows[p] + rows[(p + 5) % n_targets] for p in range(0, n_targets, 2)]
+    u_np = np.repeat(np.array(rows + [np.zeros(n_targets)] * (4 if controls else 0)), n_each, 0)
+    z_nk = u_np @ shift_pk + rng.normal(size=(len(u_np), k))
+    mix_kk = (
+        ortho_group.rvs(k, random_state=seed) * rng.uniform(0.3, 3.0, k) @ ortho_group.rvs(k, random_state=9)
+    )
+    seen_nk = z_nk @ mix_kk + rng.normal(size=k) * 5
+    return z_nk, shift_pk, torch.tensor(seen_nk, dtype=torch.float32), torch.tensor(u_np, dtype=torch.float32)
+
+
+def _matched(a_nk, b_nk):
+    """|correlation| of the best one-to-one matching of columns, and the matching."""
+    k = a_nk.shape[1]
+    correlation_kk = np.corrcoef(a_nk.T, b_nk.T)[:k, k:]
+    rows, columns = linear_sum_assignment(-np.abs(correlation_kk))
+    return np.abs(correlation_kk[rows, columns]), columns, np.sign(correlation_kk[rows, columns])
+
+
+@pytest.mark.parametrize("design", ["one-hot", "multi-hot"])
+@pytest.mark.parametrize("controls", [True, False], ids=["controls", "no controls"])
+def test_a_known_rotation_comes_back(design, controls):
+    z_nk, shift_pk, seen_nk, u_np = _sparse_latents(design, controls)
+    turn = sparse_rotation(seen_nk, u_np)
+    found_nk = (seen_nk @ turn.map_kk.T + turn.offset_k).numpy()
+    correlation, columns, sign = _matched(z_nk, found_nk)
+    assert correlation.min() > 0.99
+    found_pk = turn.shift_pk.numpy()[:, columns] * sign
+    assert np.abs(found_pk - shift_pk).max() < 0.6  # in standard deviations, as the simulation
+    assert ((np.abs(found_pk) > 1) == (shift_pk != 0)).all()
+
+
+def test_targets_without_cells_stay_at_zero():
+    """Held-out targets have a column in the design and nothing else."""
+    for controls in (True, False):
+        _, _, seen_nk, u_np = _sparse_latents("one-hot", controls)
+        held_np = torch.cat([u_np[:, :4], torch.zeros(len(u_np), 2), u_np[:, 4:]], 1)
+        plain, wide = sparse_rotation(seen_nk, u_np), sparse_rotation(seen_nk, held_np)
+        assert bool((wide.shift_pk[4:6] == 0).all())
+        torch.testing.assert_close(wide.map_kk, plain.map_kk, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_other_graphs_come_back_too(seed):
+    """Quartimax alone ends beside the sparsest axes in half of these."""
+    z_nk, _, seen_nk, u_np = _sparse_latents("one-hot", True, seed=seed)
+    turn = sparse_rotation(seen_nk, u_np, n_starts=10)
+    assert _matched(z_nk, (seen_nk @ turn.map_kk.T).numpy())[0].min() > 0.99
+
+
+def test_control_lies_at_zero_and_spreads_by_one():
+    _, _, seen_nk, u_np = _sparse_latents("one-hot", True)
+    turn = sparse_rotation(seen_nk, u_np)
+    control_nk = (seen_nk @ turn.map_kk.T + turn.offset_k)[u_np.sum(1) == 0]
+    assert float(control_nk.mean(0).abs().max()) < 0.2
+    torch.testing.assert_close(torch.cov(control_nk.T), torch.eye(6), atol=0.25, rtol=0)
+
+
+def test_posterior_variance_counts_as_spread():
+    """Means alone are too narrow; with the posterior variance the shifts keep their unit."""
+    _, _, seen_nk, u_np = _sparse_latents("one-hot", True)
+    plain = sparse_rotation(seen_nk, u_np)
+    wider = sparse_rotation(seen_nk, u_np, variance_k=torch.full((6,), 100.0))
+    assert float(wider.shift_pk.abs().max()) < 0.7 * float(plain.shift_pk.abs().max())
+
+
+def test_rotation_is_repeatable_and_keeps_the_type():
+    _, _, seen_nk, u_np = _sparse_latents("one-hot", True)
+    first, again = (sparse_rotation(seen_nk, u_np, n_starts=3, seed=4) for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b) and a.dtype == torch.float32
+
+
+def test_a_dead_latent_does_no_harm():
+    _, _, seen_nk, u_np = _sparse_latents("one-hot", True)
+    dead_nk = torch.cat([seen_nk, torch.zeros(len(seen_nk), 1)], 1)
+    turn = sparse_rotation(dead_nk, u_np, variance_k=torch.cat([torch.zeros(6), torch.ones(1)]))
+    assert all(bool(torch.isfinite(t).all()) for t in turn)
+    assert float(turn.shift_pk.abs().max(0).values.min()) < 1e-3  # one axis without any shift
+
+
+def test_which_pairs_can_be_turned(build, linear_gaussian):
+    assert can_rotate(*build(gates="posterior"))
+    for gates in ("open", "closed", "sampled"):
+        assert not can_rotate(*build(gates=gates))
+    assert not can_rotate(linear_gaussian[0](6, 3), linear_gaussian[1](6, 3))
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "gaussian"])
+def test_turning_the_axes_leaves_the_likelihood_unchanged(build, batch, likelihood):
+    model, guide = build(likelihood=likelihood, norm="batch")
+    model.eval()
+    z_nk = torch.randn(12, 4)
+    before = model.measurement(z_nk, batch).log_prob(batch.x_ng)
+    map_kk, offset_k = torch.randn(4, 4) + 2 * torch.eye(4), torch.randn(4)
+    model.rotate(map_kk, offset_k)
+    after = model.measurement(z_nk @ map_kk.T + offset_k, batch).log_prob(batch.x_ng)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_the_guide_takes_over_shifts_and_gates(build):
+    _, guide = build(interactions=((0, 1),))
+    guide.hold_gates_open(True)
+    assert float(torch.sigmoid(guide.gate_logit).min()) > 0.999
+    shift_pk = torch.tensor([[3.0, 0.1, 0.0, 0.0], [0.0, -2.5, 0.2, 0.0], [0.0, 0.0, 0.0, 0.3]])
+    guide.rotate(Rotation(torch.eye(4), torch.zeros(4), shift_pk))
+    guide.hold_gates_open(False)
+    assert torch.equal(guide.shift_loc[:3].detach(), shift_pk)
+    opened = torch.sigmoid(guide.gate_logit.detach()) > 0.5
+    assert torch.equal(opened[:3], shift_pk.abs() > 1) and not bool(opened[3].any())
+    assert all(p.requires_grad for p in guide.parameters())
+
+
+def test_held_gates_do_not_move(tiny_screen, quick):
+    """During the warm start gates stay open and their terms have no weight; then they are learned."""
+    f = fit("sparse-shift", None, tiny_screen, gates="posterior", **quick | {"epochs": 4, "warm_start": 2})
+    assert f.history["stage"].tolist() == ["warm start"] * 2 + ["training"] * 2
+    held = f.history[f.history["stage"] == "warm start"]
+    for site in ("term_edge_rate", "term_gate"):
+        assert (held[site] == 0).all() and (f.history[site].iloc[2:] < 0).all()
+    assert all(p.requires_grad for p in f.pair.parameters())
+    logit = f.guide.gate_logit.detach()
+    assert float(logit.max() - logit.min()) > 1  # no longer the value they were held at
+
+
+def test_the_turned_pair_encodes_what_it_encoded(tiny_screen, quick):
+    """Means of q(z) before and after the turn are one linear map apart."""
+    f = fit("sparse-shift", None, tiny_screen, gates="posterior", intervention="ignored", **quick)
+    split = random_cells(tiny_screen)
+    batches = Minibatches(tiny_screen, split.train, 1000, shuffle=False)
+    pair = Pair(f.model, f.guide)
+    before, _ = encode(pair.guide, batches)["z"]
+    turn = sparse_rotation(before, torch.from_numpy(tiny_screen.u(split.train)))
+    f.model.rotate(turn.map_kk, turn.offset_k), f.guide.rotate(turn)
+    after, _ = encode(pair.guide, batches)["z"]
+    torch.testing.assert_close(after, before @ turn.map_kk.T + turn.offset_k, rtol=1e-3, atol=1e-3)
