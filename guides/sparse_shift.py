@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroParam
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_causalcell.batch import Batch, Rotation
@@ -87,6 +87,10 @@ class SparseShiftGuide(PyroModule):
             dropout=dropout,
             activation=activation,
         )
+        if intervention == "prior":  # the encoder learns about interventions from a neutral start
+            first = self.encoder.hidden.layers[0]
+            assert isinstance(first, nn.Linear)
+            nn.init.zeros_(first.weight.data[:, -n_latents:])
 
     def forward(self, batch: Batch) -> None:
         """q(π) q(γ) q(μ | γ), then q(z | x) inside the cells plate."""

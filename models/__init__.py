@@ -1,1 +1,1 @@
-
+"""Generative processes: what is assumed about cells. Copy one, or ``template.py``, and edit it."""

@@ -1,6 +1,6 @@
 """Sparse mechanism shift: each perturbation moves a few latent programmes (sVAE+ and its relatives)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -14,9 +14,31 @@ from pyro_causalcell.distributions import Gate, GatedNormal, NegativeBinomial, U
 from pyro_causalcell.nets import Activation, Decoder, Norm, straight_through, with_interactions
 from pyro_causalcell.penalties import beta_sparsity, edge_cost
 
-__all__ = ["SparseShift"]
+__all__ = ["PRESETS", "SparseShift"]
 
 Gates = Literal["posterior", "open", "closed", "sampled"]
+
+_AS_RELEASED: dict[str, Any] = {
+    "gates": "sampled",
+    "intervention": "ignored",
+    "dropout": 0.1,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "adam_eps": 0.01,
+    "weight_decay": 1e-6,
+    "clip": None,
+    "warmup": {"z": 50},
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "vae": {"gates": "closed", "intervention": "ignored"},
+    "beta-vae": {"gates": "closed", "intervention": "ignored", "weights": {"z": 8.0}},
+    "ivae": {"gates": "open", "intervention": "ignored"},
+    "svae": {**_AS_RELEASED, "sparsity": "l1", "alpha": 100.0},
+    "released": {**_AS_RELEASED, "sparsity": "beta"},
+}
+"""Arguments of ``fit`` that make other members of the family: ``fit("sparse-shift", None, screen,
+**PRESETS["ivae"])``. ``"svae"`` and ``"released"`` (sVAE+) follow the authors' code: straight-through gates
+per cell, the prior's rate tied to the gate, Adam with eps 0.01, which gate sparsity depends on."""
 
 
 class SparseShift(PyroModule):
@@ -24,9 +46,9 @@ class SparseShift(PyroModule):
 
     .. math::
         \pi_{pk} &\sim \mathrm{Beta}(1, \alpha) && \text{how likely is an edge?} \\
-        \gamma_{pk} &\sim \mathrm{Bernoulli}(\pi_{pk}) && \text{does perturbation } p \text{ hit programme } k? \\
+        \gamma_{pk} &\sim \mathrm{Bernoulli}(\pi_{pk}) && \text{does } p \text{ hit programme } k? \\
         \mu_{pk} &\sim \mathrm{Normal}(0, \tau) && \text{by how much, where it does} \\
-        z_n &\sim \mathrm{Normal}(\textstyle\sum_p u_{np}\,\gamma_p \odot \mu_p,\; 1) && \text{programme activity} \\
+        z_n &\sim \mathrm{Normal}(\textstyle\sum_p u_{np}\,\gamma_p \odot \mu_p,\; 1) && \text{programmes} \\
         x_{ng} &\sim \mathrm{NB}(\ell_n\, \mathrm{softmax}_g f(z_n, b_n),\; \theta_g) && \text{counts}
 
     ======  =============  ======  ====================================================================
@@ -66,7 +88,7 @@ class SparseShift(PyroModule):
         alpha: Beta shape, or weight of the L1 penalty; the number of targets when left out.
         sparsity: Penalty of ``gates="sampled"``.
         interactions: Pairs of targets that get a gated shift of their own in cells that carry both.
-        n_hidden, n_layers, norm, dropout, activation: of the decoder.
+        n_hidden, n_layers, norm, activation: of the decoder.
 
     Source: Lopez et al., CLeaR 2023, section 3.2 and Appendices A, B; the exact expectation over gates
     and the cost of an edge are this project's.
@@ -90,7 +112,6 @@ class SparseShift(PyroModule):
         n_hidden: int = 128,
         n_layers: int = 2,
         norm: Norm = "batch",
-        dropout: float = 0.0,
         activation: Activation = "relu",
     ):
         super().__init__()
@@ -113,7 +134,6 @@ class SparseShift(PyroModule):
             n_hidden=n_hidden,
             n_layers=n_layers,
             norm=norm,
-            dropout=dropout,
             activation=activation,
         )
         if likelihood == "nb":
@@ -135,7 +155,7 @@ class SparseShift(PyroModule):
                 var_nk = u_np**2 @ (gate_pk * (1 - gate_pk) * shift_pk**2)  # 0 for binary gates
             z_nk = pyro.sample("z", UncertainMeanNormal(loc_nk, var_nk).to_event(1))  # p(z | γ, μ, u)
             x = pyro.sample("x", self.measurement(z_nk, batch).to_event(1), obs=batch.x_ng)  # p(x | z)
-            return x  # type: ignore[no-any-return]
+            return x
 
     def edges(self, u_np: Tensor, n_total: int) -> tuple[Tensor, Tensor]:
         """Gates γ and shifts μ, each p, k."""

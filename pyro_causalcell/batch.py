@@ -1,6 +1,6 @@
 """What passes between the rooms: the tensors of a minibatch, and the sizes of a screen."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same minibatch on another device."""
-        moved = {n: f.to(device) for n, f in self._asdict().items() if isinstance(f, Tensor | Batch)}
+        fields = self._asdict().items()
+        moved: dict[str, Any] = {n: f.to(device) for n, f in fields if isinstance(f, Tensor | Batch)}
         return self._replace(**moved)
 
 

@@ -372,7 +372,14 @@ def evaluate(
 
 
 def report(
-    run: Path, data: Path, out: Path, *, particles: int = 200, seed: NonNegativeInt = 0, device: str = "auto"
+    run: Path,
+    data: Path,
+    out: Path,
+    *,
+    particles: int = 200,
+    seed: NonNegativeInt = 0,
+    threads: PositiveInt | None = 1,
+    device: str = "auto",
 ) -> None:
     """Write one web page about a fit: graph, programmes, effects, and how far to trust them.
 
@@ -382,6 +389,7 @@ def report(
         out: Page to write (HTML). It holds everything and opens without a network.
         particles: Draws per cell of the likelihood.
         seed: Seed of every random choice.
+        threads: CPU threads; one is fastest for small models.
         device: "auto" takes the GPU if there is one; or "cpu", "cuda".
     """
     _check_particles(particles)
@@ -389,6 +397,7 @@ def report(
     from pyro_causalcell.data import read
     from pyro_causalcell.report import write_report
 
+    _use_threads(threads)
     write_report(_load(run, device), read(data), out, n_particles=particles, seed=seed)
     print(f"report: {out}")
 
@@ -454,6 +463,7 @@ def demo(
     edges = edges_of(trained)
     _write_csv(edges, table)
     print("Writing the report.", flush=True)
+    _use_threads(1)
     write_report(trained, screen, page, seed=seed)
     print("\n".join(f"- {line}" for line in summarise_graph(edges)[:3]))
     print(f"run: {run}\ngraph: {table}\nreport (open it in a browser): {page}")
@@ -768,7 +778,7 @@ COMMANDS = {
     "report": _Command(
         report,
         ("run", "data"),
-        {"result": "out FILE.html", "how": "particles N, seed N, device auto|cpu|cuda"},
+        {"result": "out FILE.html", "how": "particles N, seed N, threads N, device auto|cpu|cuda"},
     ),
     "study": _Command(study, ("name",), {"result": "out FOLDER, quiet", "how": "quick, workers N"}),
     "demo": _Command(demo, (), {"result": "out FOLDER", "how": "epochs N, seed N, quiet"}),

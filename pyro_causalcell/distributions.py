@@ -9,6 +9,8 @@ from torch.nn.functional import softplus
 
 __all__ = ["Gate", "GatedNormal", "MeanFieldGate", "NegativeBinomial", "UncertainMeanNormal"]
 
+Shape = torch.Size | list[int] | tuple[int, ...]
+
 TABLE_ROWS = 512
 """Largest count looked up in a table; larger ones (rare in single cells) are evaluated one by one."""
 
@@ -57,14 +59,14 @@ class NegativeBinomial(dist.TorchDistribution):
         """Variance m + m²/θ."""
         return self.mean + self.mean**2 / self.inverse_dispersion
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "NegativeBinomial":
+    def expand(self, batch_shape: Shape, _instance: object = None) -> "NegativeBinomial":
         """Expand the mean only, so that per-gene tables stay per gene."""
         log_mean = self.log_mean.expand(batch_shape)
         return NegativeBinomial(
             inverse_dispersion=self.inverse_dispersion, log_mean=log_mean, validate_args=False
         )
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Counts: a Gamma rate, then a Poisson count."""
         shape = self._extended_shape(sample_shape)
         with torch.no_grad():
@@ -85,7 +87,7 @@ class NegativeBinomial(dist.TorchDistribution):
     def _log_count_terms(self, x: Tensor, theta: Tensor) -> Tensor:
         """log Γ(x + θ) − log Γ(θ) − log x!, at the shape of x, not of the particles."""
         if theta.dim() == 1 and x.dim() and x.shape[-1] == theta.shape[0]:
-            return _TableTerms.apply(x, theta)  # type: ignore[no-any-return]
+            return _TableTerms.apply(x, theta)
         return _gamma_terms(x, theta)
 
 
@@ -139,7 +141,7 @@ class MeanFieldGate(Gate):
 
     has_rsample = True
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """The probability, expanded."""
         return self.probs.expand(self._extended_shape(sample_shape))
 
@@ -168,14 +170,14 @@ class GatedNormal(dist.Normal):
         self.gate, loc, scale = broadcast_all(gate, loc, scale)
         super().__init__(loc, scale, validate_args=validate_args)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "GatedNormal":
+    def expand(self, batch_shape: Shape, _instance: object = None) -> "GatedNormal":
         """Expand all three arguments."""
-        args = (a.expand(batch_shape) for a in (self.gate, self.loc, self.scale))
-        return GatedNormal(*args, validate_args=False)
+        gate, loc, scale = (a.expand(batch_shape) for a in (self.gate, self.loc, self.scale))
+        return GatedNormal(gate, loc, scale, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Gate times the Normal log-probability."""
-        return self.gate * super().log_prob(value)
+        return self.gate * dist.Normal.log_prob(self, value)
 
 
 class UncertainMeanNormal(dist.TorchDistribution):
@@ -207,11 +209,11 @@ class UncertainMeanNormal(dist.TorchDistribution):
         """One: the variance of the mean scores, it does not spread the draws."""
         return torch.ones_like(self.loc)
 
-    def expand(self, batch_shape: torch.Size, _instance: object = None) -> "UncertainMeanNormal":
+    def expand(self, batch_shape: Shape, _instance: object = None) -> "UncertainMeanNormal":
         """Expand both arguments."""
         return UncertainMeanNormal(self.loc.expand(batch_shape), self.loc_var.expand(batch_shape), False)
 
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """Normal(loc, 1)."""
         return self.loc + torch.randn(self._extended_shape(sample_shape), device=self.loc.device)
 

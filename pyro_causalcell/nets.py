@@ -1,5 +1,6 @@
 """Networks shared by models and guides. They accept any leading dimensions (particles, cells)."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -10,7 +11,11 @@ __all__ = ["MLP", "Activation", "Decoder", "Encoder", "Norm", "straight_through"
 Norm = Literal["none", "batch", "layer"]
 Activation = Literal["relu", "leaky_relu", "silu"]
 
-_ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": lambda: nn.LeakyReLU(0.2), "silu": nn.SiLU}
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "silu": nn.SiLU,
+}
 
 
 class MLP(nn.Module):

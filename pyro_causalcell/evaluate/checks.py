@@ -1,6 +1,6 @@
 """Posterior predictive checks: statistics of counts, and where the observed value falls among replicates.
 
-The functions take plain arrays and know nothing of fits.
+:func:`posterior_predictive_checks` draws the replicates from a fit; the others take plain arrays.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import DataError
+from pyro_causalcell.inference import Fit
+from pyro_causalcell.predict import replicate
 
 __all__ = [
     "check",
     "check_gene_means",
     "gene_means",
     "mean_variance",
+    "posterior_predictive_checks",
     "total_counts",
     "zero_fraction",
 ]
@@ -227,3 +231,26 @@ def _table(
         high=high,
         p_value=np.where(undefined, np.nan, above),
     )
+
+
+def posterior_predictive_checks(
+    fit: Fit, screen: Screen, rows: NDArray[Any] | None = None, *, n_samples: int = 50, seed: int = 0
+) -> pd.DataFrame:
+    """Compare measured cells with cells that the fit draws for the same conditions, libraries and batches.
+
+    Args:
+        fit: the fit.
+        screen: the cells, through the fit's names (``Screen.from_spec(fit.screen, adata)``).
+        rows: which cells; None takes the validation cells.
+        n_samples: replicates, each with its own draw of the global latents.
+        seed: seed of the draws.
+
+    Returns:
+        What :func:`check` returns: one row per condition and statistic.
+
+    Raises:
+        DataError: a condition has too few cells among the rows.
+    """
+    rows = fit.split.validation if rows is None else np.asarray(rows)
+    copies = (replicate(fit, screen, rows, 1, seed + s)[0] for s in range(n_samples))
+    return check(screen.x(rows), copies, screen.condition_n[rows], screen.conditions)

@@ -35,7 +35,7 @@ class SiteWeights(Messenger):
         self.weights = weights
 
     def _pyro_sample(self, msg: Message) -> None:
-        weight = self.weights.get(msg["name"])  # type: ignore[arg-type]
+        weight = self.weights.get(msg["name"])
         if weight is not None:
             msg["scale"] = msg["scale"] * weight
 
@@ -51,7 +51,7 @@ class _GuidePass(Messenger):
     def _pyro_post_sample(self, msg: Message) -> None:
         name = str(msg["name"])
         if msg["is_observed"]:
-            self.factors[name] = -_scaled(msg, msg["fn"].log_prob(msg["value"]))  # type: ignore[union-attr]
+            self.factors[name] = -_scaled(msg, msg["fn"].log_prob(msg["value"]))
         elif type(msg["fn"]).__name__ != "_Subsample":
             self.sites[name] = msg
 
@@ -61,7 +61,8 @@ class _ModelPass(Messenger):
 
     def __init__(self, guide_sites: dict[str, Message]) -> None:
         super().__init__()
-        self.guide_sites, self.terms = guide_sites, {}
+        self.guide_sites = guide_sites
+        self.terms: Terms = {}
 
     def _pyro_sample(self, msg: Message) -> None:
         site = self.guide_sites.get(str(msg["name"]))
@@ -73,7 +74,7 @@ class _ModelPass(Messenger):
         if type(fn).__name__ == "_Subsample":
             return
         if msg["is_observed"]:
-            self.terms[name] = _scaled(msg, fn.log_prob(msg["value"]))  # type: ignore[union-attr]
+            self.terms[name] = _scaled(msg, fn.log_prob(msg["value"]))
             return
         if name not in self.guide_sites:
             raise PairError(f"the model draws {name!r}, which the guide does not; run check_pair for details")
@@ -81,8 +82,8 @@ class _ModelPass(Messenger):
         try:
             self.terms[name] = -_scaled(site, _kl(site["fn"], fn))
         except NotImplementedError:
-            log_p = _scaled(msg, fn.log_prob(value))  # type: ignore[union-attr]
-            self.terms[name] = log_p - _scaled(site, site["fn"].log_prob(value))  # type: ignore[union-attr]
+            log_p = _scaled(msg, fn.log_prob(value))
+            self.terms[name] = log_p - _scaled(site, site["fn"].log_prob(value))
 
 
 def _kl(q: object, p: object) -> Tensor:
@@ -126,5 +127,5 @@ def elbo_terms(
         with _ModelPass(guide_pass.sites) as model_pass:
             model(batch)
     alone = {n: s for n, s in guide_pass.sites.items() if n not in model_pass.terms}  # auxiliary latents
-    extra = {n: -_scaled(s, s["fn"].log_prob(s["value"])) for n, s in alone.items()}  # type: ignore[union-attr]
+    extra = {n: -_scaled(s, s["fn"].log_prob(s["value"])) for n, s in alone.items()}
     return {**guide_pass.factors, **extra, **model_pass.terms}

@@ -152,7 +152,8 @@ class Fit:
 
         Args:
             path: The folder.
-            model, guide: Needed only if instances were trained: instances built the same way.
+            model: Needed only if an instance was trained: an instance built the same way.
+            guide: Likewise.
             device: Where the parameters go.
 
         Raises:
@@ -204,7 +205,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {version}, this version reads up to {FORMAT}; update pyro_causalcell"
         )
-    return record  # type: ignore[no-any-return]
+    return record
 
 
 def _rebuild(record: Mapping[str, Any], path: Path, model: Source | None, guide: Source | None) -> Pair:

@@ -95,7 +95,7 @@ def build_pair(model: Source, guide: Source | None, dims: Dims, settings: Mappin
             raise PairError(
                 f"neither {model_class.__name__} nor {guide_class.__name__} has a setting {name!r}; {hint}"
             )
-    built = []
+    built: list[tuple[nn.Module, dict[str, Any] | None]] = []
     for source, cls in ((model, model_class), (guide, guide_class)):
         if isinstance(source, nn.Module):
             built.append((source, None))

@@ -127,7 +127,8 @@ def fit(
         batch_size: Cells in a minibatch.
         lr: Adam's learning rate.
         lr_drops: How often the learning rate drops before training ends.
-        adam_eps, weight_decay: Of Adam.
+        adam_eps: Adam's ε.
+        weight_decay: Adam's L2 penalty.
         clip: Largest gradient norm; None does not clip.
         weights: Site name -> multiplier of its ELBO term, for example ``{"z": 8}`` for a β-VAE.
         warmup: Site name -> epochs over which its multiplier grows from 0: KL and gate annealing.
@@ -345,8 +346,8 @@ class Trainer:
         if bad:
             raise TrainingError(
                 f"parameter {bad[0]!r} is not finite after epoch {self.progress.epoch} (all bad parameters: "
-                f"{bad}): a gradient was not. Try a lower lr=, a smaller clip=, or look at the model's values "
-                f"there; {self._last_good()}"
+                f"{bad}): a gradient was not. Try a lower lr=, a smaller clip=, or look at the model's "
+                f"values there; {self._last_good()}"
             )
 
     def _last_good(self) -> str:
@@ -367,7 +368,7 @@ class Trainer:
         for name, epochs in self.training.warmup.items():
             weights[name] = weights.get(name, 1.0) * min(1.0, age / epochs)
         if self.progress.stage == "warm start":
-            weights |= dict.fromkeys(self.pair.guide.gate_sites, 0.0)  # type: ignore[union-attr,arg-type]
+            weights |= dict.fromkeys(self.pair.guide.gate_sites, 0.0)  # type: ignore[arg-type]
         return weights
 
     def _schedule(self, row: Mapping[str, Any]) -> None:
@@ -406,7 +407,7 @@ class Trainer:
         self.best_state = _copy(self.pair.state_dict())
 
     def _hold_gates(self, held: bool) -> None:
-        self.pair.guide.hold_gates_open(held)  # type: ignore[operator,union-attr]
+        self.pair.guide.hold_gates_open(held)  # type: ignore[operator]
 
     def _turn_axes(self) -> None:
         """Turn the latent axes to make shifts sparse, and let the gates go."""
@@ -419,8 +420,8 @@ class Trainer:
         turn = sparse_rotation(loc_nk, u_np, variance_k=(scale_nk**2).mean(0), seed=self.seed)
         turn = type(turn)(*(t.to(self.device) for t in turn))
         self._hold_gates(False)
-        self.pair.model.rotate(turn.map_kk, turn.offset_k)  # type: ignore[operator,union-attr]
-        self.pair.guide.rotate(turn)  # type: ignore[operator,union-attr]
+        self.pair.model.rotate(turn.map_kk, turn.offset_k)  # type: ignore[operator]
+        self.pair.guide.rotate(turn)  # type: ignore[operator]
         self.optimizer.state.clear()  # the moments belong to the old axes
 
     def _set_lr(self, lr: float) -> None:
@@ -490,6 +491,8 @@ class Trainer:
 
     def result(self) -> Fit:
         """The fit with the best weights so far."""
+        if self.progress.stage == "warm start":
+            self._hold_gates(False)
         if self.progress.stage == "training" and self.progress.best_epoch >= 0:
             self.pair.load_state_dict(self.best_state)
         self.pair.train(False)
@@ -523,7 +526,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def _check_needs(model: nn.Module, screen: Screen) -> None:
-    needs = getattr(model, "needs", set())
+    needs: set[str] = getattr(model, "needs", set())
     if "counts" in needs:
         screen.require_counts()
     if "normalised" in needs:

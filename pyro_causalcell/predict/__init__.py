@@ -2,9 +2,10 @@
 
 from pyro_causalcell.predict.cells import latents, predict, replicate
 from pyro_causalcell.predict.effects import effects
-from pyro_causalcell.predict.globals import global_draws, global_means, graph, programme_names
+from pyro_causalcell.predict.globals import edge_names, global_draws, global_means, graph, programme_names
 
 __all__ = [
+    "edge_names",
     "effects",
     "global_draws",
     "global_means",

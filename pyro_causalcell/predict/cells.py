@@ -70,7 +70,7 @@ def predict(
     """
     if n_cells < 1 or not conditions:
         raise PredictionError(f"expected conditions and n_cells of at least 1, found {conditions}, {n_cells}")
-    units = _units(fit, units)
+    given = _units(fit, units)
     names = [fit.screen.canonical(c) for c in conditions]
     u_cp = torch.from_numpy(fit.screen.design(names))
     rng = np.random.default_rng(seed)
@@ -95,13 +95,13 @@ def predict(
     obs = pd.concat([b["obs"] for b in blocks], ignore_index=True)
     obs.index = [f"predicted_{i}" for i in range(len(obs))]
     obs["condition"] = pd.Categorical(obs["condition"], categories=list(dict.fromkeys(names)))
-    if units == "lognorm":
+    if given == "lognorm":
         totals = np.maximum(x_ng.sum(1, keepdims=True), 1.0)
         x_ng = np.log1p(x_ng / totals * TARGET_SUM)
     result = ad.AnnData(x_ng.astype(np.float32), obs, pd.DataFrame(index=fit.screen.genes))
     result.obsm["X_causalcell"] = np.concatenate([b["z"] for b in blocks])
     result.uns["causalcell"] = {
-        "units": units,
+        "units": given,
         "programmes": programme_names(fit),
         "seed": seed,
         "basal": "prior" if basal is None else "cells",
@@ -199,8 +199,10 @@ def _latent_sites(trace: poutine.Trace) -> list[dict[str, Any]]:
 
 def take(batch: Batch, index: Tensor) -> Batch:
     """Some cells of a minibatch, as a minibatch of their own."""
-    parts = [f[index] if isinstance(f, Tensor) else f for f in batch]
-    return Batch(*parts)._replace(index_n=torch.arange(len(index), device=index.device), n_total=len(index))
+    fields = batch._asdict().items()
+    parts: dict[str, Any] = {name: f[index] for name, f in fields if isinstance(f, Tensor)}
+    parts |= {"index_n": torch.arange(len(index), device=index.device), "n_total": len(index)}
+    return batch._replace(**parts)
 
 
 def prior_cells(fit: Fit, u_np: Tensor, seed: int) -> Batch:

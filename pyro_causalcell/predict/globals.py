@@ -1,5 +1,7 @@
 """What a fit believes about its global latents: means, draws, the graph."""
 
+from typing import Any
+
 import pandas as pd
 import torch
 from torch import Tensor
@@ -71,14 +73,17 @@ def graph(fit: Fit) -> pd.DataFrame:
         PredictionError: The model has no ``shift``: with closed gates perturbations have no effect.
     """
     sites = _global_distributions(fit)
+    model: Any = fit.model
     if "shift" in sites:
         effect_pk, sd_pk = sites["shift"].mean, sites["shift"].variance.sqrt()
         probability_pk = sites["gate"].mean if "gate" in sites else torch.ones_like(effect_pk)
-    elif hasattr(fit.model, "gate_logit"):
-        effect_pk, probability_pk = fit.model.shift, torch.sigmoid(fit.model.gate_logit)
+    elif hasattr(model, "gate_logit"):
+        effect_pk, probability_pk = model.shift, torch.sigmoid(model.gate_logit)
         sd_pk = torch.full_like(effect_pk, torch.nan)
     else:
-        raise PredictionError("this model has no perturbation shifts (gates='closed'), so there is no graph")
+        raise PredictionError(
+            "this model has no perturbation shifts (no global latent 'shift'), so there is no graph"
+        )
     rows = pd.MultiIndex.from_product(
         [edge_names(fit, len(effect_pk)), programme_names(fit)], names=["perturbation", "programme"]
     )

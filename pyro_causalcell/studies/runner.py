@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pandas as pd
@@ -51,9 +53,12 @@ class Job:
         return "".join(c if c.isalnum() else "-" for c in words) + f"_{digest}"
 
 
+Work = Callable[[Job, Path], Scores]
+
+
 def run_jobs(
     jobs: Sequence[Job],
-    work: Callable[[Job], Scores],
+    work: Work,
     out: str | Path,
     *,
     workers: int = 1,
@@ -66,7 +71,8 @@ def run_jobs(
 
     Args:
         jobs: The grid.
-        work: Scores of one job; must be importable (it runs in worker processes).
+        work: Scores of one job, called with the job and a folder of its own where it may keep what was
+            trained; must be importable (it runs in worker processes).
         out: Folder of the study; results go to ``out/jobs``.
         workers: Worker processes.
         progress: Show a progress bar.
@@ -75,19 +81,20 @@ def run_jobs(
         One row per job: setting, method, seed, and the scores.
 
     Raises:
-        CausalCellError: Some jobs failed; what they said is listed, the others are kept.
+        CausalCellError: There is no worker, or some jobs failed: what they said is listed, the others
+            are kept.
     """
+    if workers < 1:
+        raise CausalCellError(f"expected at least 1 worker, found {workers}")
     folder = Path(out) / "jobs"
     folder.mkdir(parents=True, exist_ok=True)
     todo = [job for job in jobs if not (folder / f"{job.key}.json").exists()]
     failures: list[str] = []
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), disable=not progress, unit="job") as bar:
-        while todo:
-            lost = _run_pool(todo, work, folder, workers, failures, bar)
-            if len(lost) == len(todo):  # a pool that dies before it finishes anything will not get better
-                failures += [f"{job.key}: its worker process died" for job in lost]
-                break
-            todo = lost
+        for job, error in _run(todo, work, folder, workers):
+            bar.update()
+            if error is not None:
+                failures.append(f"{job.key}: {error}")
     if failures:
         listed = "\n".join(failures[:10])
         raise CausalCellError(
@@ -97,33 +104,56 @@ def run_jobs(
     return pd.DataFrame(rows)
 
 
-def _run_pool(
-    todo: list[Job],
-    work: Callable[[Job], Scores],
-    folder: Path,
-    workers: int,
-    failures: list[str],
-    bar: Any,
-) -> list[Job]:
-    """Run jobs in a fresh pool; returns those lost to a worker that died."""
-    lost = []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_one, job, work, folder): job for job in todo}
-        for future in as_completed(futures):
-            job = futures[future]
-            try:
-                future.result()
-                bar.update()
-            except BrokenProcessPool:
-                lost.append(job)
-            except Exception as error:
-                failures.append(f"{job.key}: {type(error).__name__}: {error}")
-    return lost
+def _run(todo: Sequence[Job], work: Work, folder: Path, workers: int) -> Iterator[tuple[Job, str | None]]:
+    """Each job as it ends, with what went wrong.
+
+    Every worker is a pool of its own: a pool loses all its jobs when one of its processes dies.
+    """
+    waiting = deque(todo)
+    idle = [_worker() for _ in range(min(workers, len(todo)))]
+    running: dict[Future[None], tuple[Job, ProcessPoolExecutor]] = {}
+    try:
+        while waiting or running:
+            while waiting and idle:
+                pool, job = idle.pop(), waiting.popleft()
+                running[pool.submit(_one, job, work, folder)] = (job, pool)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job, pool = running.pop(future)
+                error = future.exception()
+                idle.append(_worker() if isinstance(error, BrokenProcessPool) else pool)
+                if error is not None and not isinstance(error, Exception):
+                    raise error  # Ctrl-C reaches the workers too
+                yield job, _words(error)
+    finally:
+        for pool in (*idle, *(pool for _, pool in running.values())):
+            pool.shutdown(cancel_futures=True)
 
 
-def _one(job: Job, work: Callable[[Job], Scores], folder: Path) -> None:
+def _worker() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the study is killed: it would go on training for nobody."""
+
+    def watch() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def _words(error: Exception | None) -> str | None:
+    if isinstance(error, BrokenProcessPool):
+        return "its worker process died (out of memory?)"
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def _one(job: Job, work: Work, folder: Path) -> None:
     start = time.perf_counter()
-    scores = work(job)
+    scores = work(job, folder / job.key)
     row = {"setting": job.setting, "method": job.method, "seed": job.seed, **scores}
     row["seconds"] = time.perf_counter() - start
     part = folder / f".{job.key}.part"
@@ -146,7 +176,8 @@ def summarise(study: str, rows: pd.DataFrame, paper: Paper, metrics: Sequence[st
     table = []
     for (setting, method), group in rows.groupby(["setting", "method"], sort=False):
         for metric in metrics:
-            values = pd.to_numeric(group[metric], errors="coerce").dropna() if metric in group else []
+            column = group[metric] if metric in group else pd.Series(dtype=float)
+            values = pd.to_numeric(column, errors="coerce").dropna()
             if len(values):
                 number = paper.get((str(setting), str(method), metric))
                 mean, sd = float(values.mean()), float(values.std()) if len(values) > 1 else float("nan")

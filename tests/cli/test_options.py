@@ -1,6 +1,8 @@
 """Options come from signatures: what they are called, what they take, what help says."""
 
 import inspect
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,16 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     for name, command in room.COMMANDS.items():
         assert f" {name} {(inspect.getdoc(command.run) or '').splitlines()[0]}" in text
+
+
+def test_every_example_of_the_manual_can_be_typed() -> None:
+    manual = Path(__file__).parents[2] / "docs" / "cli.md"
+    text = manual.read_text().replace("\\\n", " ")
+    examples = [shlex.split(words) for words in re.findall(r"^\$ pyro-causalcell (.*)$", text, re.MULTILINE)]
+    assert {words[0] for words in examples} == set(room.COMMANDS)
+    for words in examples:
+        if "--config" not in words:  # the file is made by the reader
+            room._parser().parse_args(room._tidy(words))
 
 
 def test_help_groups_options_and_shows_what_they_take(capsys: pytest.CaptureFixture[str]) -> None:

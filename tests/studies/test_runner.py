@@ -1,0 +1,176 @@
+"""The runner of studies: each job once, failures kept apart, and tables that can be worked by hand."""
+
+import importlib
+import json
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import pytest
+
+from pyro_causalcell.errors import CausalCellError
+from pyro_causalcell.studies import run_study
+from pyro_causalcell.studies.runner import Job, markdown, run_jobs, summarise
+
+WORK = """
+    import os
+    import signal
+    from pathlib import Path
+
+
+    def work(job, folder):
+        here = Path(job.arguments["here"])
+        with (here / "log").open("a") as log:
+            log.write(f"{job.method}{job.seed} {os.getpid()}\\n")
+        if job.method == "raises" and not (here / "mended").exists():
+            raise ValueError("no such luck")
+        if job.method == "dies" and not (here / "mended").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"score": 10.0 * job.seed + len(job.method), "kept_in": folder.name}
+"""
+
+
+class Session(NamedTuple):
+    """Three runs of the same five jobs: with a job that raises and one that dies, mended, and all done."""
+
+    jobs: list[Job]
+    error: str
+    kept: set[str]
+    first: list[str]
+    second: list[str]
+    third: list[str]
+    rows: pd.DataFrame
+    again: pd.DataFrame
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    # Worker processes get this process's path, so they can import a module from there.
+    here = tmp_path_factory.mktemp("work")
+    (here / "work_of_the_runner_tests.py").write_text(textwrap.dedent(WORK))
+    methods = [("dies", 0), ("a", 0), ("a", 1), ("raises", 0), ("bb", 1)]
+    jobs = [Job("study", "Table 1", method, seed, {"here": str(here)}) for method, seed in methods]
+    lengths = []
+
+    def read_log() -> list[str]:
+        lines = (here / "log").read_text().splitlines()[sum(lengths) :]
+        lengths.append(len(lines))
+        return lines
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(here)
+        work = importlib.import_module("work_of_the_runner_tests").work
+        with pytest.raises(CausalCellError) as caught:
+            run_jobs(jobs, work, here, workers=1, progress=False)
+        kept = {json.loads(file.read_text())["method"] for file in (here / "jobs").glob("*.json")}
+        first = read_log()
+        (here / "mended").touch()
+        rows = run_jobs(jobs, work, here, workers=2, progress=False)
+        second = read_log()
+        again = run_jobs(jobs, work, here, workers=1, progress=False)
+        return Session(jobs, str(caught.value), kept, first, second, read_log(), rows, again)
+
+
+def _names(log: list[str]) -> list[str]:
+    return sorted(line.split()[0] for line in log)
+
+
+def test_a_killed_worker_takes_only_its_own_job(session: Session) -> None:
+    assert _names(session.first) == ["a0", "a1", "bb1", "dies0", "raises0"]  # each of them once
+    assert session.kept == {"a", "bb"}
+    assert "2 of 5 jobs failed; run the study again" in session.error
+    assert f"{session.jobs[0].key}: its worker process died" in session.error
+
+
+def test_a_job_that_raises_is_reported(session: Session) -> None:
+    assert f"{session.jobs[3].key}: ValueError: no such luck" in session.error
+    workers = dict(line.split() for line in session.first)
+    assert workers["raises0"] == workers["bb1"] != workers["dies0"]  # its worker goes on
+
+
+def test_only_what_is_missing_is_run_again(session: Session) -> None:
+    assert _names(session.second) == ["dies0", "raises0"]
+    assert len({line.split()[1] for line in session.second}) == 2  # two workers share the jobs
+    assert session.third == []
+    pd.testing.assert_frame_equal(session.rows, session.again)  # seconds too: read, not measured
+
+
+def test_rows_come_in_the_order_of_the_jobs(session: Session) -> None:
+    rows = session.rows
+    assert rows["method"].tolist() == ["dies", "a", "a", "raises", "bb"]
+    assert rows["seed"].tolist() == [0, 0, 1, 0, 1] and set(rows["setting"]) == {"Table 1"}
+    assert rows["score"].tolist() == [4, 1, 11, 6, 12] and (rows["seconds"] >= 0).all()
+    assert rows["kept_in"].tolist() == [job.key for job in session.jobs]
+
+
+def test_no_worker(tmp_path: Path) -> None:
+    with pytest.raises(CausalCellError, match="at least 1 worker, found 0"):
+        run_jobs([], print, tmp_path, workers=0)
+
+
+def test_other_arguments_are_another_job(tmp_path: Path) -> None:
+    job = Job("study", "Table 1: p = 5", "sVAE+ (ours)", 0, {"a": 1, "b": [2]})
+    same = Job("study", "Table 1: p = 5", "sVAE+ (ours)", 0, {"b": [2], "a": 1})
+    other = Job("study", "Table 1: p = 5", "sVAE+ (ours)", 0, {"a": 1, "b": [3]})
+    assert job.key == same.key != other.key
+    assert job.key.startswith("table-1--p---5-svae---ours--0_")
+
+
+ROWS = pd.DataFrame(
+    {
+        "setting": ["s1", "s1", "s1", "s2"],
+        "method": ["ours", "ours", "VAE", "ours"],
+        "seed": [0, 1, 0, 0],
+        "mcc": [0.5, 0.7, 0.4, 0.9],
+        "nll": [300.0, None, 310.04, 30.0],
+        "note": ["x", "y", "z", "w"],
+    }
+)
+PAPER = {("s1", "VAE", "mcc"): 0.46, ("s1", "ours", "nll"): 315.43}
+
+
+def test_summary_by_hand() -> None:
+    table = summarise("study", ROWS, PAPER, ["mcc", "nll", "absent"])
+    assert list(table.columns) == [
+        *("study", "setting", "method", "metric", "mean", "sd", "n_seeds", "paper")
+    ]
+    by_name = table.set_index(["setting", "method", "metric"])
+    assert len(table) == 6 and set(table["study"]) == {"study"}
+    ours = by_name.loc[("s1", "ours", "mcc")]
+    assert ours["mean"] == pytest.approx(0.6) and ours["sd"] == pytest.approx(0.02**0.5)
+    assert ours["n_seeds"] == 2 and pd.isna(ours["paper"])
+    nll = by_name.loc[("s1", "ours", "nll")]  # one seed has no value: it does not count
+    assert nll["mean"] == 300 and pd.isna(nll["sd"]) and nll["n_seeds"] == 1 and nll["paper"] == 315.43
+    assert by_name.loc[("s1", "VAE", "mcc"), "paper"] == 0.46
+
+
+def test_markdown_by_hand() -> None:
+    text = markdown(summarise("study", ROWS, PAPER, ["mcc", "nll"]), {"nll": "NLL", "mcc": "MCC"})
+    assert text == textwrap.dedent(
+        """\
+        ### s1
+
+        | method | NLL | MCC | seeds |
+        |---|---|---|---|
+        | ours | 300.0 (315.43) | 0.600 ± 0.141 | 2 |
+        | VAE | 310.0 | 0.400 (0.46) | 1 |
+
+        ### s2
+
+        | method | NLL | MCC | seeds |
+        |---|---|---|---|
+        | ours | 30.0 | 0.900 | 1 |
+        """
+    )
+
+
+def test_a_metric_that_a_method_lacks_is_a_dash() -> None:
+    table = summarise("study", ROWS.assign(f1=[0.1, 0.3, None, None]), {}, ["mcc", "f1"])
+    text = markdown(table, {"mcc": "MCC", "f1": "F1"})
+    assert "| VAE | 0.400 | – | 1 |" in text
+
+
+def test_unknown_study(tmp_path: Path) -> None:
+    with pytest.raises(CausalCellError, match="no study 'svae'; there are .*sparse-shift"):
+        run_study("svae", tmp_path)
