@@ -30,9 +30,9 @@ def to_inference_data(
 
     Returns:
         InferenceData (ArviZ < 1) or DataTree (ArviZ ≥ 1) with the groups ``posterior`` (gate, shift, ...
-        over perturbation and programme; ``z``: each cell's posterior mean), ``posterior_predictive`` and
-        ``observed_data`` (``x`` over cell and gene) and ``log_likelihood`` (one importance-weighted value
-        a cell).
+        over perturbation and programme; left out where a pair has no global latents),
+        ``posterior_predictive`` and ``observed_data`` (``x`` over cell and gene), ``log_likelihood`` (one
+        importance-weighted value a cell) and ``constant_data`` (``z_mean``: each cell's posterior mean).
     """
     rows = fit.split.validation[:500] if rows is None else np.asarray(rows)
     cells = screen.adata.obs_names.to_numpy()[rows].astype(str)
@@ -49,12 +49,14 @@ def to_inference_data(
     nll_n = iw_nll(fit, screen, rows, n_particles=200, seed=seed)["nll"].to_numpy()
     x_sng = replicate(fit, screen, rows, n_samples, seed)
     groups = {
-        "posterior": xr.Dataset({**posterior, "z_mean": (["cell", "programme"], z_nk)}),
+        "posterior": xr.Dataset(posterior),
         "posterior_predictive": xr.Dataset({"x": (["chain", "draw", "cell", "gene"], x_sng[None])}),
         "observed_data": xr.Dataset({"x": (["cell", "gene"], screen.x(rows))}),
         "log_likelihood": xr.Dataset({"x": (["chain", "draw", "cell"], -nll_n[None, None])}),
+        "constant_data": xr.Dataset({"z_mean": (["cell", "programme"], z_nk)}),
     }
-    return _convert({name: _with_coords(group, coords) for name, group in groups.items()})
+    named = {name: _with_coords(group, coords) for name, group in groups.items() if group.data_vars}
+    return _convert(named)
 
 
 def _plain_dims(name: str, value: np.ndarray) -> list[str]:

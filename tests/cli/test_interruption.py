@@ -43,11 +43,11 @@ def start_and_stop(words: list[str], folder: Path, how: signal.Signals) -> tuple
         [sys.executable, "-m", "pyro_causalcell", *words], cwd=folder, stderr=subprocess.PIPE, text=True
     )
     checkpoint = folder / "run" / "checkpoint.pt"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(how)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     return process.returncode, err
 
 

@@ -57,16 +57,18 @@ def test_arviz_summarises_it(idata) -> None:
     assert set(az.summary(idata)["mean"].notna()) == {True}
 
 
-def test_seed(idata, small_fit: Fit, small_screen: Screen) -> None:
-    again, other = (to_inference_data(small_fit, small_screen, ROWS, n_samples=200, seed=s) for s in (3, 4))
+def test_seed(small_fit: Fit, small_screen: Screen) -> None:
+    first, again, other = (
+        to_inference_data(small_fit, small_screen, ROWS, n_samples=3, seed=s) for s in (3, 3, 4)
+    )
     for group in ("posterior", "posterior_predictive", "log_likelihood"):
-        assert idata[group].equals(again[group]) and not idata[group].equals(other[group])
+        assert first[group].equals(again[group]) and not first[group].equals(other[group])
 
 
 def test_validation_cells_and_a_fit_without_global_latents(tiny_screen: Screen) -> None:
     settings = {"n_latents": 2, "n_hidden": 8, "epochs": 2, "progress": False, "device": "cpu"}
     closed = fit("sparse-shift", None, tiny_screen, gates="closed", **settings)
     idata = to_inference_data(closed, tiny_screen, n_samples=2)
-    assert set(idata["posterior"].data_vars) == set()
+    assert "posterior" not in idata.groups()
     cells = tiny_screen.adata.obs_names[closed.split.validation].tolist()
     assert idata["observed_data"]["cell"].values.tolist() == cells
