@@ -544,7 +544,10 @@ def _load(run: Path, device: str) -> "Fit":
     from pyro_causalcell.inference import Fit
     from pyro_causalcell.inference.training import pick_device
 
-    return Fit.load(run, device=pick_device(device))
+    fitted = Fit.load(run, device=pick_device(device))
+    if fitted.interruption:
+        _say(fitted.interruption)
+    return fitted
 
 
 def _check_particles(particles: int) -> None:

@@ -51,7 +51,7 @@ def pearson_of_effects(
 def compare_means(
     true_cg: NDArray[np.floating],
     predicted: Mapping[str, NDArray[np.floating]],
-    control_g: NDArray[np.floating],
+    control_g: NDArray[np.floating] | None,
     perturbed_g: NDArray[np.floating],
     conditions: Sequence[str],
     scored_cg: NDArray[np.bool_] | None = None,
@@ -61,7 +61,7 @@ def compare_means(
     Args:
         true_cg: Mean expression of held-out cells, log1p CP10k.
         predicted: Prediction of each method, in the same shape and unit.
-        control_g: Mean of the training control cells.
+        control_g: Mean of the training control cells; None without them leaves out ``pearson_control``.
         perturbed_g: Mean of the training perturbed cells.
         conditions: Names of the c conditions.
         scored_cg: Genes to score (see ``other_genes``); all by default.
@@ -73,17 +73,19 @@ def compare_means(
     Raises:
         DataError: Shapes differ.
     """
-    shape = (len(conditions), len(control_g))
+    shape = (len(conditions), len(perturbed_g))
+    references = {"pearson_control": control_g, "pearson_perturbed": perturbed_g}
     scored_cg = np.ones(shape, dtype=bool) if scored_cg is None else scored_cg
     for name, array in {"true_cg": true_cg, "scored_cg": scored_cg, **predicted}.items():
         if array.shape != shape:
             raise DataError(f"{name} has shape {array.shape}; expected (conditions, genes) = {shape}.")
     tables = []
     for method, predicted_cg in predicted.items():
-        scores = {
-            "rmse": rmse(true_cg, predicted_cg, scored_cg),
-            "pearson_control": pearson_of_effects(true_cg, predicted_cg, control_g, scored_cg),
-            "pearson_perturbed": pearson_of_effects(true_cg, predicted_cg, perturbed_g, scored_cg),
+        scores = {"rmse": rmse(true_cg, predicted_cg, scored_cg)}
+        scores |= {
+            metric: pearson_of_effects(true_cg, predicted_cg, reference_g, scored_cg)
+            for metric, reference_g in references.items()
+            if reference_g is not None
         }
         for metric, value_c in scores.items():
             columns = {"method": method, "condition": list(conditions), "metric": metric, "value": value_c}

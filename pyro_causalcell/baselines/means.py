@@ -88,13 +88,13 @@ class TrainingMeans:
 
     Attributes:
         spec: Settings of the screen: splits a condition into its targets.
-        control_g: Mean of the control cells.
+        control_g: Mean of the control cells; None without them.
         perturbed_g: Mean of all perturbed cells.
         singles: Mean of the cells of each target perturbed alone.
     """
 
     spec: ScreenSpec
-    control_g: NDArray[np.float64]
+    control_g: NDArray[np.float64] | None
     perturbed_g: NDArray[np.float64]
     singles: dict[str, NDArray[np.float64]]
 
@@ -103,22 +103,22 @@ def training_means(screen: Screen, rows: NDArray[np.int64]) -> TrainingMeans:
     """Reduce the training cells to the means that the baselines are made of.
 
     Raises:
-        DataError: ``rows`` hold no control cell, or no perturbed cell.
+        DataError: ``rows`` hold no perturbed cell.
     """
     rows = np.asarray(rows, dtype=np.int64)
     if (screen.condition_n[rows] < 0).any():
         raise DataError("some training rows have an unknown condition (-1); pass rows of the fitted screen.")
     mean_cg, cells_c = _group_means(screen, rows, screen.condition_n[rows], len(screen.conditions))
-    if cells_c[0] == 0 or cells_c[1:].sum() == 0:
+    if cells_c[1:].sum() == 0:
         raise DataError(
-            f"baselines need control and perturbed cells; the {len(rows)} rows hold {cells_c[0]} control and "
-            f"{cells_c[1:].sum()} perturbed cells. Pass the training rows of a split that keeps both."
+            f"baselines need perturbed cells; the {len(rows)} rows hold {cells_c[0]} control cells and no "
+            "others. Pass the training rows of a split that keeps perturbed cells."
         )
     seen = [i for i in range(1, len(cells_c)) if cells_c[i] > 0]
     single = [i for i in seen if screen.conditions[i] in screen.targets]
     return TrainingMeans(
         spec=screen.describe(),
-        control_g=mean_cg[0],
+        control_g=mean_cg[0] if cells_c[0] else None,
         perturbed_g=np.average(mean_cg[seen], axis=0, weights=cells_c[seen]),
         singles={screen.conditions[i]: mean_cg[i] for i in single},
     )

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pyro_causalcell.baselines.means import TrainingMeans, training_means
 from pyro_causalcell.data import Screen
+from pyro_causalcell.errors import DataError
 
 __all__ = ["Additive", "Baseline", "ControlMean", "MatchingMean", "PerturbedMean", "fit_baselines"]
 
@@ -20,12 +21,32 @@ class Baseline(ABC):
 
     Args:
         means: Means of the training cells; ``Baseline.fit`` computes them.
+
+    Raises:
+        DataError: The baseline needs control cells, and there were none to train on.
     """
 
     name: ClassVar[str]
+    needs_control: ClassVar[bool] = False
 
     def __init__(self, means: TrainingMeans):
         self.means = means
+        if self.needs_control:
+            _ = self.control_g  # told now, not at the first prediction
+
+    @property
+    def control_g(self) -> NDArray[np.float64]:
+        """Mean of the control cells.
+
+        Raises:
+            DataError: There were none to train on.
+        """
+        if self.means.control_g is None:
+            raise DataError(
+                f"the {self.name} needs control cells for this, and the training rows hold 0 control cells; "
+                "take a baseline without needs_control, for perturbed conditions only."
+            )
+        return self.means.control_g
 
     @classmethod
     def fit(cls, screen: Screen, rows: NDArray[np.int64]) -> Self:
@@ -36,7 +57,8 @@ class Baseline(ABC):
         """Mean expression of each condition, shape (c, g), in log1p CP10k.
 
         Raises:
-            DataError: A condition names a target the screen does not know.
+            DataError: A condition names a target the screen does not know, or is control, and there were no
+                control cells to train on.
         """
         u_cp = self.means.spec.design(conditions)
         targets = np.array(self.means.spec.targets, dtype=object)
@@ -51,9 +73,10 @@ class ControlMean(Baseline):
     """Nothing changes: the mean of the control cells."""
 
     name = "control mean"
+    needs_control = True
 
     def _predict(self, targets: list[str]) -> NDArray[np.float64]:
-        return self.means.control_g
+        return self.control_g
 
 
 class PerturbedMean(Baseline):
@@ -62,7 +85,7 @@ class PerturbedMean(Baseline):
     name = "perturbed mean"
 
     def _predict(self, targets: list[str]) -> NDArray[np.float64]:
-        return self.means.perturbed_g if targets else self.means.control_g
+        return self.means.perturbed_g if targets else self.control_g
 
 
 class MatchingMean(Baseline):
@@ -72,7 +95,7 @@ class MatchingMean(Baseline):
 
     def _predict(self, targets: list[str]) -> NDArray[np.float64]:
         if not targets:
-            return self.means.control_g
+            return self.control_g
         return np.mean([self.means.singles.get(t, self.means.perturbed_g) for t in targets], axis=0)
 
 
@@ -83,15 +106,20 @@ class Additive(Baseline):
     """
 
     name = "additive"
+    needs_control = True
 
     def _predict(self, targets: list[str]) -> NDArray[np.float64]:
-        control_g = self.means.control_g
+        control_g = self.control_g
         effects = [self.means.singles.get(t, self.means.perturbed_g) - control_g for t in targets]
         return control_g + np.sum(effects, axis=0) if effects else control_g
 
 
 def fit_baselines(screen: Screen, rows: NDArray[np.int64]) -> dict[str, Baseline]:
-    """Every baseline by name, all fitted on one pass over the training cells."""
+    """Every baseline by name, all fitted on one pass over the training cells.
+
+    Without control cells among ``rows``, the control mean and the additive baseline are left out.
+    """
     means = training_means(screen, rows)
     kinds: list[type[Baseline]] = [ControlMean, PerturbedMean, MatchingMean, Additive]
-    return {kind.name: kind(means) for kind in kinds}
+    has_control = means.control_g is not None
+    return {kind.name: kind(means) for kind in kinds if has_control or not kind.needs_control}

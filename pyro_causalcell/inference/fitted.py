@@ -64,6 +64,8 @@ class Fit:
             nats per training cell), ``lr``, ``seconds``, and ``term_<site>`` (nats per training cell).
         training: Training settings.
         seed: The one seed of the split's default, initialisation, minibatches and draws.
+        finished: Whether training ran to its end; False after Ctrl-C.
+        path: Run folder, if there is one.
     """
 
     pair: Pair
@@ -74,6 +76,7 @@ class Fit:
     history: pd.DataFrame
     training: dict[str, Any]
     seed: int
+    finished: bool = True
     path: Path | None = field(default=None, repr=False)
 
     @property
@@ -90,6 +93,12 @@ class Fit:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.pair.parameters()).device
+
+    @property
+    def interruption(self) -> str:
+        """What to say of a fit whose training did not finish; empty if it did."""
+        said = f"training was interrupted after {len(self.history)} epochs; go on with --resume"
+        return "" if self.finished else said
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -124,6 +133,7 @@ class Fit:
             record = {
                 "format": FORMAT,
                 **self.settings,
+                "finished": self.finished,
                 "dims": self.dims._asdict(),
                 "screen": json.loads(self.screen.to_json()),
                 "cells": asdict(self.cells),
@@ -187,6 +197,7 @@ class Fit:
             history=history,
             training=record["training"],
             seed=record["seed"],
+            finished=record.get("finished", True),  # runs of the first versions do not say
             path=path,
         )
 

@@ -507,6 +507,7 @@ class Trainer:
             history=history,
             training=asdict(self.training),
             seed=self.seed,
+            finished=self.progress.done,
             path=self.out,
         )
 

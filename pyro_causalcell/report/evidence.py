@@ -26,7 +26,7 @@ from pyro_causalcell.inference.posterior import is_local, sample_sites
 from pyro_causalcell.predict import effects, graph, predict, programme_names, replicate
 from pyro_causalcell.report.replicates import compare_replicates, coverage
 
-__all__ = ["Cells", "Evidence", "gather", "programme_genes", "scored_means"]
+__all__ = ["Cells", "Evidence", "control_rows", "gather", "programme_genes", "scored_means"]
 
 INTERVAL = 0.9
 _CHECKED = 2000  # cells of the predictive checks: more do not change the picture
@@ -175,11 +175,18 @@ def _replicates(
     return (replicate(fit, screen, rows, n_samples=1, seed=seed + s)[0] for s in range(_REPLICATES))
 
 
+def control_rows(fit: Fit, screen: Screen) -> NDArray[np.int64]:
+    """Control cells that the model was trained on; none for a screen without controls."""
+    train = fit.split.train
+    return train[screen.condition_n[train] == 0]
+
+
 def programme_genes(fit: Fit, screen: Screen, n_cells: int = 256, seed: int = 0) -> pd.DataFrame:
     """How each gene follows each programme.
 
     Control cells with the median library are drawn from the model; one programme at a time is set half a
-    unit up and half a unit down, all others held.
+    unit up and half a unit down, all others held. Without measured controls the drawn cells take their
+    libraries and batches from the perturbed cells that were trained on.
 
     Args:
         fit: The fit.
@@ -191,11 +198,15 @@ def programme_genes(fit: Fit, screen: Screen, n_cells: int = 256, seed: int = 0)
         Programme by gene: change of the expected value per unit, in standard deviations of the gene among
         these cells. So a gene leads because its change stands out, not because it is rare.
     """
-    control = fit.split.train[screen.condition_n[fit.split.train] == 0]
-    rows = np.random.default_rng(seed).choice(control, min(n_cells, len(control)), replace=False)
+    control = control_rows(fit, screen)
+    pool = control if len(control) else fit.split.train
+    rows = np.random.default_rng(seed).choice(pool, min(n_cells, len(pool)), replace=False)
     batch = next(iter(Minibatches(screen, rows, len(rows), shuffle=False, device=fit.device)))
     batch = batch._replace(
-        x_ng=None, library_n1=torch.full_like(batch.library_n1, float(batch.library_n1.median()))
+        x_ng=None,
+        u_np=torch.zeros_like(batch.u_np),
+        condition_n=torch.zeros_like(batch.condition_n),
+        library_n1=torch.full_like(batch.library_n1, float(batch.library_n1.median())),
     )
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -226,7 +237,8 @@ def scored_means(fit: Fit, screen: Screen, rows: NDArray[np.int64], seed: int) -
         seed: Of the halves and of the model's draws.
 
     Returns:
-        What ``baselines.compare_means`` returns; empty if no condition has enough cells.
+        What ``baselines.compare_means`` returns; empty if no condition has enough cells. Without training
+        control cells, what needs them is left out.
     """
     cells_c = np.bincount(screen.condition_n[rows], minlength=len(screen.conditions))
     conditions = [c for c, n in zip(screen.conditions[1:], cells_c[1:], strict=True) if n >= _MANY]
@@ -237,7 +249,7 @@ def scored_means(fit: Fit, screen: Screen, rows: NDArray[np.int64], seed: int) -
     predicted = {"model": _model_means(fit, screen, conditions, seed)}
     predicted |= {name: baseline.predict(conditions) for name, baseline in baselines.items()}
     predicted["technical duplicate"] = duplicate_cg
-    means = baselines["control mean"].means
+    means = baselines["perturbed mean"].means
     scored_cg = other_genes(screen, conditions)
     return compare_means(true_cg, predicted, means.control_g, means.perturbed_g, conditions, scored_cg)
 

@@ -83,7 +83,7 @@ def graph_section(graph: pd.DataFrame) -> str:
     drawn = graph[~graph["perturbation"].isin(hidden)]
     caption = (
         "Area: probability that the perturbation shifts the programme. Colour: by how much, in standard "
-        "deviations of the programme among control cells. Edges more likely than not are ringed. "
+        "deviations of the programme in the control state. Edges more likely than not are ringed. "
         "The sign of a programme is arbitrary; equal colours in one column mean equal direction."
     )
     if hidden:
@@ -108,8 +108,8 @@ def programmes_section(loadings: pd.DataFrame, graph: pd.DataFrame) -> str:
     used = list(shared_programmes(graph, 0.5))
     idle = [name for name in loadings.index if name not in used]
     body = html.paragraph(
-        "Genes whose change stands out most when one programme rises by one unit (a standard deviation among "
-        "control cells), all others held. Orange rises, blue falls; turn every sign of a panel and the "
+        "Genes whose change stands out most when one programme rises by one unit (a standard deviation in "
+        "the control state), all others held. Orange rises, blue falls; turn every sign of a panel and the "
         "programme is the same."
     )
     if used:
@@ -128,15 +128,18 @@ def programmes_section(loadings: pd.DataFrame, graph: pd.DataFrame) -> str:
     return body
 
 
-def effects_section(effects: xr.Dataset | None, interval: float) -> str:
+def effects_section(effects: xr.Dataset | None, interval: float, *, controls: bool = True) -> str:
     """Genes each perturbation changes most, with intervals.
 
     Args:
         effects: What ``predict.effects`` returns, for the conditions to show; None if there are none.
         interval: Probability of the intervals.
+        controls: Whether control cells were trained on.
     """
+    against = "control" if controls else "the model's control state"
+    unmeasured = "" if controls else " (no perturbation), which was not measured here"
     body = html.paragraph(
-        f"Change of expected expression against control, for the perturbations with a likely edge. Lines are "
+        f"Change of expected expression against {against}{unmeasured}, for the perturbations with a likely edge. Lines are "
         f"{interval:.0%} intervals of the posterior: they cover what the model is unsure of, not "
         "cell-to-cell spread and not errors of the model itself. Genes are ranked by the end of the "
         "interval nearer to zero."
@@ -144,7 +147,7 @@ def effects_section(effects: xr.Dataset | None, interval: float) -> str:
     if effects is None:
         return body + html.paragraph("There are none.")
     conditions = [str(c) for c in effects["condition"].values]
-    figures = [html.figure(plot.effect_intervals(effects, c), f"{c} against control") for c in conditions]
+    figures = [html.figure(plot.effect_intervals(effects, c), f"{c} against {against}") for c in conditions]
     first, rest = figures[:9], figures[9:]
     more = html.details(f"{len(rest)} more perturbations", html.figure_row(rest)) if rest else ""
     return body + html.figure_row(first) + more
@@ -242,23 +245,31 @@ def comparison_section(scores: pd.DataFrame, cells: str, *, seen: bool, model: s
         seen: Whether other cells of every one of these conditions were trained on.
         model: Name of the model among the methods.
     """
+    if scores.empty:
+        return html.paragraph(f"No perturbed condition has enough of the {cells} to compare means.")
+    controls = "control mean" in set(scores["method"])
+    own = "matching mean and additive" if controls else "matching mean"
     text = (
-        f"Mean expression of {cells}, predicted from the training cells. Control mean says that nothing "
-        "changes; perturbed mean, that all perturbations do the same; matching mean and additive use the "
-        "training cells of the same perturbation (for a combination, of its parts). The technical "
+        f"Mean expression of {cells}, predicted from the training cells. "
+        f"{'Control mean says that nothing changes; perturbed' if controls else 'Perturbed'} mean says that "
+        f"all perturbations do the same; {own} {'use' if controls else 'uses'} the training cells of the "
+        "same perturbation (for a combination, of its parts). The technical "
         "duplicate is the other half of the held-out cells: what repeating the experiment would score. It "
         "carries the noise of few cells, so methods that pool many can do better. The perturbed genes "
         "themselves are not scored."
     )
     if seen:
         text += (
-            " Other cells of every condition here were trained on. So for single perturbations matching mean "
-            "and additive are as good as means can be, and a model shows its worth by coming close; to see "
+            f" Other cells of every condition here were trained on. So for single perturbations {own} "
+            f"{'are' if controls else 'is'} as good as means can be, and a model shows its worth by coming close; to see "
             "it predict the unseen, hold out perturbations or combinations."
         )
+    if not controls:
+        text += (
+            " The control mean, the additive baseline and the correlation of effects against control are left "
+            "out, because they need control cells and none were trained on."
+        )
     caption = "A dot is a condition; the large dot is the mean, the bar its 95 % bootstrap interval."
-    if scores.empty:
-        return html.paragraph(f"No perturbed condition has enough of the {cells} to compare means.")
     average = average_conditions(scores)
     wide = average.pivot(index="method", columns="metric", values="mean")
     wide = wide.loc[

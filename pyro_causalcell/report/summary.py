@@ -19,11 +19,13 @@ def plain(programme: str) -> str:
 
 
 def join(names: Sequence[str], most: int = 8) -> str:
-    """Names as in a sentence: ``a, b and c``, cut after ``most``."""
+    """Names as in a sentence: ``a, b and c``, cut after ``most``; ``none`` if there are none."""
     names = list(names)
     if len(names) > most:
         names = [*names[:most], f"{len(names) - most} more"]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    if len(names) < 2:
+        return names[0] if names else "none"
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def shared_programmes(graph: pd.DataFrame, threshold: float = _SURE) -> dict[str, list[str]]:
@@ -129,19 +131,21 @@ def summarise_scores(scores: pd.DataFrame, *, seen: bool, model: str = "model") 
     )
     counts = f"Of {len(rmse)} conditions, the model is closer to the held-out cells {join(counted)}."
     if seen:
+        own = [name for name in ("matching mean", "additive") if name in others]
         counts += (
-            " All of them were seen in training: for a single perturbation, matching mean and additive are "
-            "then the mean of its own training cells, which is hard to beat."
+            f" All of them were seen in training: for a single perturbation, {join(own)} "
+            f"{'are' if len(own) > 1 else 'is'} then the mean of its own training cells, which is hard to beat."
         )
     return [sentence, counts]
 
 
-def caveats(n_genes: int, panel_totals: bool) -> list[str]:
+def caveats(n_genes: int, panel_totals: bool, controls: bool = True) -> list[str]:
     """What the reader must know before quoting a number of the page.
 
     Args:
         n_genes: Genes of the screen.
         panel_totals: Whether totals were summed over these genes only.
+        controls: Whether control cells were trained on.
     """
     texts = [
         "A probability is how strongly the model believes, after seeing these cells, that the perturbation "
@@ -153,6 +157,11 @@ def caveats(n_genes: int, panel_totals: bool) -> list[str]:
         "The effect of a perturbation on genes is read through the model. Check a gene that matters in the "
         "raw data.",
     ]
+    if not controls:
+        texts.append(
+            "No control cells were trained on. Effects are against the model's control state (no "
+            "perturbation), which was not measured here: the model infers it from the perturbed cells."
+        )
     if panel_totals:
         texts.append(
             f"Totals are summed over the {n_genes} genes of this screen. For a gene panel that is not the "

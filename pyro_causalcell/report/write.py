@@ -18,7 +18,7 @@ from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.fitted import atomic_write
 from pyro_causalcell.report import html
 from pyro_causalcell.report import sections as parts
-from pyro_causalcell.report.evidence import INTERVAL, Evidence, gather
+from pyro_causalcell.report.evidence import INTERVAL, Evidence, control_rows, gather
 from pyro_causalcell.report.summary import caveats, join, shared_programmes, summarise_graph, summarise_scores
 
 __all__ = ["render", "write_report"]
@@ -56,12 +56,17 @@ def render(fit: Fit, screen: Screen, evidence: Evidence) -> str:
     """The page, from what was computed."""
     unit = "counts" if screen.is_counts else "log-normalised"
     graph, seen = evidence.graph, _all_seen(fit, screen, evidence)
+    controls = len(control_rows(fit, screen)) > 0
     held_out, checked, weighed = evidence.held_out.words, evidence.checked.words, evidence.weighed.words
     sections = {
         "Summary": parts.summary_section(
             summarise_graph(graph, evidence.effects),
             _trust(evidence, seen),
-            caveats(screen.n_genes, panel_totals=screen.is_counts and fit.screen.library is None),
+            caveats(
+                screen.n_genes,
+                panel_totals=screen.is_counts and fit.screen.library is None,
+                controls=controls,
+            ),
             _sizes(fit, graph),
         ),
         "What was fitted": parts.settings_section(
@@ -69,7 +74,7 @@ def render(fit: Fit, screen: Screen, evidence: Evidence) -> str:
         ),
         "Perturbations and programmes": parts.graph_section(graph),
         "Genes of programmes": parts.programmes_section(evidence.loadings, graph),
-        "Effects": parts.effects_section(evidence.effects, INTERVAL),
+        "Effects": parts.effects_section(evidence.effects, INTERVAL, controls=controls),
         "Baselines": parts.comparison_section(evidence.scores, held_out, seen=seen),
         "Predictive checks": parts.checks_section(evidence.checks, evidence.check_table, unit, checked),
         "Calibration": parts.calibration_section(evidence.coverage, checked),
@@ -120,17 +125,18 @@ def _describe(fit: Fit, n_programmes: int) -> list[str]:
     story = (inspect.getdoc(type(fit.model)) or "").split("\n", 1)[0]
     last = fit.history.index[-1] + 1 if len(fit.history) else 0
     data = f"layer {spec.layer!r}" if spec.layer else "X"
+    control = f"with {join([repr(c) for c in spec.control])} as control" if spec.control else "without controls"
     covariates = f" The decoder sees {join(spec.batch)}." if spec.batch else ""
-    return [
+    sentences = [
         f"Model {type(fit.model).__name__} with {n_programmes} programmes, guide {type(fit.guide).__name__}. "
         f"{story}",
-        f"Perturbations were read from obs[{spec.perturbation!r}], with "
-        f"{join([repr(c) for c in spec.control])} as control; values from {data} "
+        f"Perturbations were read from obs[{spec.perturbation!r}], {control}; values from {data} "
         f"({'counts' if spec.is_counts else 'normalised values'}).{covariates}",
         f"{len(split.train):,} cells trained the model, {len(split.validation):,} chose when to stop and "
         f"{len(split.test):,} were kept for testing (split {split.name!r}). Training ran {last} epochs; the "
         f"weights with the lowest validation loss were kept. Seed {fit.seed}.",
     ]
+    return sentences if fit.finished else [*sentences, f"Note: {fit.interruption}."]
 
 
 def _settings(fit: Fit) -> dict[str, Any]:

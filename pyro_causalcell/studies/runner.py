@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pyro_causalcell.errors import CausalCellError
 
-__all__ = ["Job", "Paper", "markdown", "run_jobs", "summarise"]
+__all__ = ["Job", "Paper", "finished", "markdown", "run_jobs", "summarise"]
 
 Scores = dict[str, Any]
 Paper = Mapping[tuple[str, str, str], float]
@@ -104,6 +104,20 @@ def run_jobs(
     return pd.DataFrame(rows)
 
 
+def finished(out: str | Path, **arguments: Any) -> pd.DataFrame:
+    """Every job that has a result in a study's folder, of this call or an earlier one.
+
+    Args:
+        out: Folder of the study.
+        **arguments: Only jobs that were called with these.
+
+    Returns:
+        As :func:`run_jobs`, ordered by file name.
+    """
+    rows = [json.loads(file.read_text()) for file in sorted((Path(out) / "jobs").glob("*.json"))]
+    return pd.DataFrame([row for row in rows if arguments.items() <= row["arguments"].items()])
+
+
 def _run(todo: Sequence[Job], work: Work, folder: Path, workers: int) -> Iterator[tuple[Job, str | None]]:
     """Each job as it ends, with what went wrong.
 
@@ -155,6 +169,7 @@ def _one(job: Job, work: Work, folder: Path) -> None:
     start = time.perf_counter()
     scores = work(job, folder / job.key)
     row = {"setting": job.setting, "method": job.method, "seed": job.seed, **scores}
+    row["arguments"] = dict(job.arguments)
     row["seconds"] = time.perf_counter() - start
     part = folder / f".{job.key}.part"
     part.write_text(json.dumps(row, indent=1))

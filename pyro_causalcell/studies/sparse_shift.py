@@ -23,7 +23,7 @@ from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import CausalCellError
 from pyro_causalcell.models.sparse_shift import PRESETS
 from pyro_causalcell.plot import reliability, study_table
-from pyro_causalcell.studies.runner import Job, Scores, markdown, run_jobs, summarise
+from pyro_causalcell.studies.runner import Job, Scores, finished, markdown, run_jobs, summarise
 
 __all__ = ["METHODS", "METRICS", "PAPER", "run", "table_jobs"]
 
@@ -219,6 +219,8 @@ def run(
 ) -> pd.DataFrame:
     """Run the study, or go on with it, and write ``table.csv``, ``table.md`` and figures.
 
+    The tables hold every finished job of the folder, so that a grid can be filled in several calls.
+
     Args:
         out: Folder of results; finished jobs in it are not run again.
         tables: See :func:`table_jobs`.
@@ -233,8 +235,8 @@ def run(
     """
     out = Path(out)
     jobs = table_jobs(tables, seeds=seeds, methods=methods, quick=quick)
-    rows = run_jobs(jobs, score_job, out, workers=workers, progress=progress)
-    rows = _excess(rows)
+    run_jobs(jobs, score_job, out, workers=workers, progress=progress)
+    rows = _excess(_in_order(finished(out, quick=quick)))
     table = summarise(STUDY, rows, PAPER, list(METRICS))
     table.to_csv(out / "table.csv", index=False)
     note = (
@@ -404,6 +406,14 @@ def _count_nll(fitted_ng: np.ndarray, scored_ng: np.ndarray) -> np.ndarray:
 def _counts(adata: ad.AnnData) -> np.ndarray:
     x = adata.X
     return np.asarray(x.toarray() if hasattr(x, "toarray") else x, dtype=np.float64)
+
+
+def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Settings and methods in the order of the tables, seeds ascending."""
+    settings = [setting for table in _TABLES.values() for setting, _, _ in table]
+    order = {"setting": settings, "method": [*METHODS, *REFERENCES]}
+    keys = rows.assign(**{name: rows[name].map(values.index) for name, values in order.items()})
+    return rows.loc[keys.sort_values(["setting", "method", "seed"]).index]
 
 
 def _excess(rows: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
+from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import DataError
+from pyro_causalcell.evaluate import posterior_predictive_checks
 from pyro_causalcell.evaluate.checks import (
     check,
     check_gene_means,
@@ -141,3 +143,34 @@ def test_bad_input(rng, condition_n, change, words):
         check(**good | change)
     with pytest.raises(DataError, match="one name per gene"):
         check_gene_means(**good, gene_names=["g"])
+
+
+def test_checks_of_a_fit(small_fit, small_screen):
+    rows = np.flatnonzero(np.isin(small_screen.condition_n, [0, 1]))
+    table = posterior_predictive_checks(small_fit, small_screen, rows, n_samples=20)
+    by_name = table.set_index(["condition", "statistic"])
+    assert table["condition"].drop_duplicates().tolist() == small_screen.conditions[:2]
+    x_ng = small_screen.x(rows[small_screen.condition_n[rows] == 1])
+    assert by_name.loc[(small_screen.conditions[1], "total_mean"), "observed"] == pytest.approx(
+        x_ng.sum(1).mean()
+    )
+    assert (by_name.loc["control", "n_cells"] == 100).all()
+    # The library of every cell is given to the replicates, so their totals agree with what was measured.
+    totals = by_name.xs("total_mean", level="statistic")
+    np.testing.assert_allclose(totals["replicate_mean"], totals["observed"], rtol=0.05)
+
+
+def test_checks_of_a_fit_take_the_validation_cells_and_find_strange_ones(small_fit, small_screen):
+    table = posterior_predictive_checks(small_fit, small_screen, n_samples=20)
+    assert table.groupby("condition")["n_cells"].first().sum() == len(small_fit.split.validation)
+    again = posterior_predictive_checks(small_fit, small_screen, n_samples=20)
+    other = posterior_predictive_checks(small_fit, small_screen, n_samples=20, seed=1)
+    assert table.equals(again) and not table.equals(other)
+
+    strange = small_screen.adata.copy()
+    strange.X = strange.X.toarray()[:, ::-1].copy()  # every gene has another gene's counts
+    strange.X[:, :10] = 0
+    zeros = posterior_predictive_checks(
+        small_fit, Screen(strange, batch="batch", allow_empty=True), n_samples=20
+    ).query("statistic == 'zero_fraction'")
+    assert (zeros["p_value"] == 0).all() and (zeros["observed"] > zeros["high"]).all()

@@ -30,6 +30,16 @@ def test_settings_of_hidden_layers():
         MLP(5, norm="instance")
 
 
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [("relu", [0.0, 0.0, 2.0]), ("leaky_relu", [-0.4, 0.0, 2.0]), ("silu", [-0.238406, 0.0, 1.761594])],
+)
+def test_activations(activation, expected):
+    net = MLP(3, 3, n_layers=1, activation=activation)
+    net.load_state_dict({"layers.0.weight": torch.eye(3), "layers.0.bias": torch.zeros(3)})
+    torch.testing.assert_close(net(torch.tensor([-2.0, 0.0, 2.0])), torch.tensor(expected))
+
+
 def test_encoder_takes_counts_or_values_and_extra_columns():
     counts, values = Encoder(6, 3, 2, n_hidden=8), Encoder(6, 3, 2, log_input=False, n_hidden=8)
     values.load_state_dict(counts.state_dict())
