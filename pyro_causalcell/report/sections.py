@@ -139,9 +139,9 @@ def effects_section(effects: xr.Dataset | None, interval: float, *, controls: bo
     against = "control" if controls else "the model's control state"
     unmeasured = "" if controls else " (no perturbation), which was not measured here"
     body = html.paragraph(
-        f"Change of expected expression against {against}{unmeasured}, for the perturbations with a likely edge. Lines are "
-        f"{interval:.0%} intervals of the posterior: they cover what the model is unsure of, not "
-        "cell-to-cell spread and not errors of the model itself. Genes are ranked by the end of the "
+        f"Change of expected expression against {against}{unmeasured}, for the perturbations with a likely "
+        f"edge. Lines are {interval:.0%} intervals of the posterior: they cover what the model is unsure of, "
+        "not cell-to-cell spread and not errors of the model itself. Genes are ranked by the end of the "
         "interval nearer to zero."
     )
     if effects is None:
@@ -261,13 +261,13 @@ def comparison_section(scores: pd.DataFrame, cells: str, *, seen: bool, model: s
     if seen:
         text += (
             f" Other cells of every condition here were trained on. So for single perturbations {own} "
-            f"{'are' if controls else 'is'} as good as means can be, and a model shows its worth by coming close; to see "
-            "it predict the unseen, hold out perturbations or combinations."
+            f"{'are' if controls else 'is'} as good as means can be, and a model shows its worth by coming "
+            "close; to see it predict the unseen, hold out perturbations or combinations."
         )
     if not controls:
         text += (
-            " The control mean, the additive baseline and the correlation of effects against control are left "
-            "out, because they need control cells and none were trained on."
+            " The control mean, the additive baseline and the correlation of effects against control are "
+            "left out, because they need control cells and none were trained on."
         )
     caption = "A dot is a condition; the large dot is the mean, the bar its 95 % bootstrap interval."
     average = average_conditions(scores)

@@ -134,7 +134,8 @@ def summarise_scores(scores: pd.DataFrame, *, seen: bool, model: str = "model") 
         own = [name for name in ("matching mean", "additive") if name in others]
         counts += (
             f" All of them were seen in training: for a single perturbation, {join(own)} "
-            f"{'are' if len(own) > 1 else 'is'} then the mean of its own training cells, which is hard to beat."
+            f"{'are' if len(own) > 1 else 'is'} then the mean of its own training cells, which is hard to "
+            "beat."
         )
     return [sentence, counts]
 

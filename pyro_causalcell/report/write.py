@@ -13,6 +13,7 @@ import pandas as pd
 import pyro_causalcell
 from pyro_causalcell.batch import Dims
 from pyro_causalcell.data import Screen
+from pyro_causalcell.data.spec import CONTROL
 from pyro_causalcell.errors import DataError
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.fitted import atomic_write
@@ -125,7 +126,8 @@ def _describe(fit: Fit, n_programmes: int) -> list[str]:
     story = (inspect.getdoc(type(fit.model)) or "").split("\n", 1)[0]
     last = fit.history.index[-1] + 1 if len(fit.history) else 0
     data = f"layer {spec.layer!r}" if spec.layer else "X"
-    control = f"with {join([repr(c) for c in spec.control])} as control" if spec.control else "without controls"
+    named = join([repr(name) for name in spec.control or [CONTROL]])
+    control = f"with {named} as control" if spec.condition_cells[CONTROL] else "without control cells"
     covariates = f" The decoder sees {join(spec.batch)}." if spec.batch else ""
     sentences = [
         f"Model {type(fit.model).__name__} with {n_programmes} programmes, guide {type(fit.guide).__name__}. "

@@ -107,8 +107,10 @@ def test_technical_duplicate_halves_are_disjoint_and_reproducible(tiny_screen, r
 
 def test_errors_say_what_is_missing(tiny_screen, rows):
     no_control = rows[tiny_screen.condition_n[rows] != 0]
-    with pytest.raises(DataError, match="0 control"):
-        fit_baselines(tiny_screen, no_control)
+    with pytest.raises(DataError, match="control mean needs control cells"):
+        ControlMean.fit(tiny_screen, no_control)
+    with pytest.raises(DataError, match="need perturbed cells"):
+        fit_baselines(tiny_screen, rows[tiny_screen.condition_n[rows] == 0])
     with pytest.raises(DataError, match="no cells of .*'D'"):
         condition_means(tiny_screen, rows[tiny_screen.condition_n[rows] == 0], ["D"])
     with pytest.raises(DataError, match="has no cells of"):
@@ -119,6 +121,19 @@ def test_errors_say_what_is_missing(tiny_screen, rows):
         )
     with pytest.raises(DataError, match="unknown perturbation"):
         ControlMean.fit(tiny_screen, rows).predict(["ZZZ"])
+
+
+def test_without_control_cells_the_other_baselines_and_metrics_stay(tiny_screen, rows):
+    no_control = rows[tiny_screen.condition_n[rows] != 0]
+    fitted = fit_baselines(tiny_screen, no_control)
+    assert list(fitted) == ["perturbed mean", "matching mean"]
+    for name, baseline in fitted.items():
+        expected = fit_baselines(tiny_screen, rows)[name].predict(["A", "A+B"])
+        np.testing.assert_array_equal(baseline.predict(["A", "A+B"]), expected)
+        with pytest.raises(DataError, match="needs control cells"):
+            baseline.predict(["control"])
+    table = compare_means(np.ones((1, 4)), {"m": np.ones((1, 4))}, None, np.ones(4), ["a"])
+    assert table["metric"].tolist() == ["rmse", "pearson_perturbed"]
 
 
 def test_scores_in_closed_form():

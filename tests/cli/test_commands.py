@@ -73,6 +73,16 @@ def test_fit_without_controls(cli: Run, tiny_adata: ad.AnnData) -> None:
     assert Fit.load("run").screen.control == []
 
 
+def test_report_of_a_screen_without_controls(cli: Run) -> None:
+    sizes = ["--n-interventions", 5, "--cells-per-intervention", 40, "--n-genes", 40, "--n-latents", 3]
+    assert cli("simulate", *sizes, "--out", "S.h5ad").code == 0
+    words = ["--no-controls", "--latents", 3, "--epochs", 2, "--settings.n_hidden", 16, "--quiet"]
+    assert cli("fit", "S.h5ad", "--perturbation", "target", *words, "--out", "run").code == 0
+    result = cli("report", "run", "S.h5ad", "--particles", 25, "--out", "R.html")
+    assert result == (0, ["report: R.html"], [])
+    assert "which was not measured here" in Path("R.html").read_text()
+
+
 def test_fit_reads_a_file_that_stays_on_disk(cli: Run, fit_words: Run) -> None:
     assert cli(*fit_words("memory")).code == 0
     assert cli(*fit_words("disk", "--backed")).code == 0

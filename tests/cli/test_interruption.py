@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from pyro_causalcell.cli import main
-from pyro_causalcell.inference import fitted
+from pyro_causalcell.inference import Fit, fitted
 from pyro_causalcell.inference.training import Trainer
 
 Run = Callable[..., Any]
@@ -70,6 +71,7 @@ def test_a_stopped_fit_goes_on_as_if_nothing_had_been(
     assert 0 < stopped_at < EPOCHS
     if how is signal.SIGINT:
         assert code == 130 and err.count("\n") == 1
+        assert not Fit.load("run").finished
         assert "run holds the last whole epoch" in err and err.rstrip().endswith("--batch-size 64 --resume")
     else:
         assert code == -signal.SIGKILL
@@ -97,6 +99,15 @@ def test_ctrl_c_in_other_commands(cli: Run, run: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(pd.DataFrame, "to_csv", stop)
     assert cli("graph", run, "--out", "G.csv") == (130, [], ["pyro-causalcell: stopped; nothing was written"])
     assert list(Path().iterdir()) == []
+
+
+def test_an_interrupted_fit_is_told_by_the_commands_that_load_it(cli: Run, run: Path) -> None:
+    shutil.copytree(run, "run")
+    record = json.loads(Path("run/fit.json").read_text())
+    Path("run/fit.json").write_text(json.dumps(record | {"finished": False}))
+    result = cli("graph", "run", "--out", "G.csv")
+    said = "pyro-causalcell: training was interrupted after 3 epochs; go on with --resume"
+    assert (result.code, result.err) == (0, [said]) and Path("G.csv").exists()
 
 
 def test_resuming_a_finished_fit_changes_nothing(cli: Run, fit_words: Run) -> None:

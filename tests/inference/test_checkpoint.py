@@ -414,8 +414,21 @@ def test_ctrl_c_keeps_a_checkpoint_and_passes_on(tiny_screen, settings, tmp_path
         patch.setattr(training, "elbo_terms", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(MODEL, None, tiny_screen, out=tmp_path / "run", **settings)
-    assert 0 < len(Fit.load(tmp_path / "run").history) < 6
+    stopped = Fit.load(tmp_path / "run")
+    n = len(stopped.history)
+    assert 0 < n < 6 and not stopped.finished
+    assert stopped.interruption == f"training was interrupted after {n} epochs; go on with --resume"
+    stopped.save(tmp_path / "copy")
+    assert not Fit.load(tmp_path / "copy").finished
     _assert_same(whole, fit(MODEL, None, tiny_screen, out=tmp_path / "run", resume=True, **settings))
+    assert whole.finished and Fit.load(tmp_path / "run").finished and not whole.interruption
+
+
+def test_runs_that_do_not_say_are_finished(run):
+    record = json.loads((run / "fit.json").read_text())
+    assert record.pop("finished") is True
+    (run / "fit.json").write_text(json.dumps(record))
+    assert Fit.load(run).finished
 
 
 def test_a_killed_process_loses_at_most_an_epoch(tmp_path):

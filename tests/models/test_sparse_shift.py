@@ -188,6 +188,10 @@ def test_beta_posterior_is_the_conjugate_update(batch):
 @pytest.mark.parametrize(("intervention", "sees"), [("ignored", False), ("input", True), ("prior", True)])
 def test_what_the_encoder_knows_of_the_intervention(batch, intervention, sees):
     guide = _guide(intervention=intervention, gates="open").eval()
+    if intervention == "prior":  # it starts without an opinion
+        prior_weight = guide.encoder.hidden.layers[0].weight[:, -4:]
+        assert bool((prior_weight == 0).all())
+        torch.nn.init.normal_(prior_weight.data)
     guide.shift_loc, guide.shift_scale = torch.full((3, 4), 3.0), torch.full((3, 4), 1e-3)
     relabelled = batch._replace(u_np=batch.u_np.flip(-1) + batch.u_np)
     locs = [poutine.trace(guide).get_trace(b).nodes["z"]["fn"].base_dist.loc for b in (batch, relabelled)]

@@ -66,7 +66,7 @@ def test_graph_of_other_members(screen, gates):
 
 
 def test_closed_gates_have_no_graph(screen):
-    with pytest.raises(PredictionError, match="closed"):
+    with pytest.raises(PredictionError, match="no perturbation shifts"):
         graph(fit("sparse-shift", None, screen, gates="closed", **SMALL))
 
 

@@ -66,6 +66,14 @@ def test_effects_of_many_perturbations_are_folded(effects):
     assert "There are none" in sections.effects_section(None, 0.9)
 
 
+def test_effects_say_what_they_are_against(effects):
+    measured = sections.effects_section(effects, 0.9)
+    assert "JAK2 against control" in measured and "not measured here" not in measured
+    inferred = sections.effects_section(effects, 0.9, controls=False)
+    assert "JAK2 against the model&#x27;s control state" in inferred
+    assert "control state (no perturbation), which was not measured here" in inferred
+
+
 def test_checks_put_the_most_surprising_first(checks):
     table = pd.DataFrame(
         {
@@ -98,5 +106,10 @@ def test_comparison_explains_what_was_seen(scores):
     assert "were trained on" in seen
     assert "were trained on" not in sections.comparison_section(scores, "200 cells", seen=False)
     assert seen.count("<tr>") == 7
+    assert "left out" not in seen
+    no_control = scores[~scores["method"].isin(["control mean", "additive"])]
+    without = sections.comparison_section(no_control, "200 cells", seen=True)
+    assert "left out, because they need control cells and none were trained on" in without
+    assert "matching mean is as good" in without and "Control mean says" not in without
     none = sections.comparison_section(scores.iloc[:0], "200 cells", seen=True)
     assert "No perturbed condition" in none

@@ -11,6 +11,7 @@ from pyro_causalcell.report.summary import (
 
 
 def test_names_are_joined_as_in_a_sentence():
+    assert join([]) == "none"
     assert join(["a"]) == "a"
     assert join(["a", "b", "c"]) == "a, b and c"
     assert join(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"
@@ -80,6 +81,20 @@ def test_scores_count_conditions():
         "Of 3 conditions, the model is closer to the held-out cells than the control mean in 2 and than "
         "the additive in 1."
     )
+
+
+def test_baselines_that_are_absent_are_not_spoken_of():
+    rows = [("model", 1.0), ("perturbed mean", 2.0), ("matching mean", 3.0)]
+    scores = pd.DataFrame(
+        [(m, "A", "rmse", v) for m, v in rows], columns=["method", "condition", "metric", "value"]
+    )
+    _, counts = summarise_scores(scores, seen=True)
+    assert "matching mean is then the mean of its own training cells" in counts and "additive" not in counts
+
+
+def test_an_unmeasured_control_is_said_only_where_there_is_none():
+    assert any("which was not measured here" in text for text in caveats(299, False, controls=False))
+    assert not any("not measured here" in text for text in caveats(299, False))
 
 
 def test_panel_caveat_only_where_totals_are_of_the_panel():

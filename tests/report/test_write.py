@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from pyro_causalcell.errors import DataError
 from pyro_causalcell.inference import fit
 from pyro_causalcell.report import evidence, write_report
 from pyro_causalcell.report.html import page, table
+from pyro_causalcell.report.write import _describe as describe
+from pyro_causalcell.simulate import sparse_shift
 
 SMALL = {"epochs": 3, "warm_start": 1, "n_latents": 3, "n_hidden": 16, "device": "cpu", "progress": False}
 TITLES = (
@@ -53,6 +56,7 @@ def test_page_holds_every_part_and_nothing_from_outside(trained, adata, tmp_path
     assert re.findall(r"<h2>(.*?)</h2>", text) == list(TITLES)
     assert "<i>gene0</i>" not in text
     assert not re.search(r"https?://", text)
+    assert "interrupted" not in text and "not measured here" not in text
     assert "validation cells" in text and "4 perturbations" in text
     for name, value in {"model.likelihood": "nb", "model.n_latents": 3, "training.epochs": 3}.items():
         assert f"<td>{name}</td><td>{value}</td>" in text  # chosen, and left at its default
@@ -88,6 +92,37 @@ def test_normalised_data(tiny_adata, tmp_path):
     trained = fit("sparse-shift", None, screen, likelihood="gaussian", **SMALL)
     text = write_report(trained, screen, tmp_path / "r.html", n_particles=20).read_text()
     assert "normalised values" in text and "Totals are summed" not in text
+
+
+def test_a_screen_without_controls(tmp_path):
+    adata = sparse_shift("released", n_interventions=5, cells_per_intervention=60, n_genes=40, n_latents=3)
+    train = adata[adata.obs["split"] == "train"].copy()
+    screen = Screen(train, "target", None)
+    trained = fit("sparse-shift", None, screen, **SMALL | {"epochs": 4})
+    text = write_report(trained, train, tmp_path / "r.html", n_particles=25).read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", text) == list(TITLES)
+    assert "without control cells; values from X" in text
+    assert "against the model&#x27;s control state (no perturbation), which was not measured here" in text
+    assert "left out, because they need control cells" in text
+    assert "<td>perturbed mean</td>" in text and "<td>control mean</td>" not in text
+
+
+def test_genes_of_programmes_are_those_of_the_control_state(tiny_adata):
+    """Whoever lends libraries and batches, the cells drawn are not perturbed."""
+    seen = []
+    adata = tiny_adata[tiny_adata.obs["target"] != "non-targeting"].copy()
+    screen = Screen(adata, control=None)
+    trained = fit("sparse-shift", None, screen, **SMALL)
+    trained.model.register_forward_pre_hook(lambda _, given: seen.append(given[0].u_np))
+    evidence.programme_genes(trained, screen)
+    drawn = [u_np for u_np in seen if len(u_np) > 1]  # a single cell tells the number of programmes
+    assert drawn and not any(u_np.any() for u_np in drawn)
+
+
+def test_an_interrupted_fit_is_marked(trained):
+    cut = dataclasses.replace(trained[0], finished=False)
+    *_, last = describe(cut, n_programmes=3)
+    assert last == "Note: training was interrupted after 3 epochs; go on with --resume."
 
 
 def test_a_programme_is_told_by_its_genes(trained):
