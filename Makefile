@@ -14,7 +14,7 @@ LINKS := $(VENV)/links
 CODE := pyro_causalcell models guides tests examples benchmarks
 SETTINGS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: test style types imports links unit demo clean
+.PHONY: test style types imports links unit demo bench clean
 
 test: style types imports unit
 
@@ -59,6 +59,9 @@ unit: $(VENV)/.test
 
 demo: $(VENV)/.core
 	$(VENV)/bin/pyro-causalcell demo --out demo
+
+bench: $(VENV)/.core
+	$(PY) benchmarks/step_time.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache

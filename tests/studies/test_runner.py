@@ -11,7 +11,7 @@ import pytest
 
 from pyro_causalcell.errors import CausalCellError
 from pyro_causalcell.studies import run_study
-from pyro_causalcell.studies.runner import Job, markdown, run_jobs, summarise
+from pyro_causalcell.studies.runner import Job, finished, markdown, run_jobs, summarise
 
 WORK = """
     import os
@@ -102,6 +102,13 @@ def test_rows_come_in_the_order_of_the_jobs(session: Session) -> None:
     assert rows["seed"].tolist() == [0, 0, 1, 0, 1] and set(rows["setting"]) == {"Table 1"}
     assert rows["score"].tolist() == [4, 1, 11, 6, 12] and (rows["seconds"] >= 0).all()
     assert rows["kept_in"].tolist() == [job.key for job in session.jobs]
+
+
+def test_every_finished_job_of_a_folder(session: Session) -> None:
+    here = session.jobs[0].arguments["here"]
+    rows = finished(here, here=here)
+    assert sorted(rows["score"]) == sorted(session.rows["score"])
+    assert finished(here, here="elsewhere").empty
 
 
 def test_no_worker(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The study of the sVAE+ paper: its grid, its numbers, and a quick run from data to table."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,23 @@ def test_quick_run_writes_the_table(quick: tuple[Path, pd.DataFrame]) -> None:
     assert "graph_f1" not in by_name.loc["VAE"].index
     text = (out / "table.md").read_text()
     assert "Quick size" in text and "### Table 1: p = 15" in text and f"| {DEFAULT} |" in text
+
+
+def test_the_table_holds_what_earlier_calls_finished(quick: tuple[Path, pd.DataFrame]) -> None:
+    out, table = quick
+    settings = {"tables": ("1",), "seeds": 1, "quick": True, "progress": False}
+    again = run_study("sparse-shift", out, methods=["training mean"], **settings)
+    pd.testing.assert_frame_equal(again, table)
+    assert again["method"].drop_duplicates().tolist() == ["VAE", DEFAULT, "oracle", "training mean"]
+
+
+def test_an_interrupted_fit_is_trained_to_its_end(tmp_path: Path) -> None:
+    (job,) = table_jobs(("1",), methods=["VAE"], seeds=1, quick=True)
+    first = score_job(job, tmp_path)
+    record = json.loads((tmp_path / "fit.json").read_text())
+    (tmp_path / "fit.json").write_text(json.dumps({**record, "finished": False}))  # as after Ctrl-C
+    assert score_job(job, tmp_path) == pytest.approx(first, rel=1e-3)
+    assert json.loads((tmp_path / "fit.json").read_text())["finished"] is True
 
 
 def test_quick_run_draws_figures(quick: tuple[Path, pd.DataFrame]) -> None:

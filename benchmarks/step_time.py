@@ -1,0 +1,262 @@
+"""Step time of the default engine and of stock Pyro, as a share of the same step written by hand in torch.
+
+One training step is the loss, its gradients, clipping and one fused Adam step. Three engines take it on
+the same pair (``SparseShift`` and ``SparseShiftGuide`` with their defaults) and the same minibatch:
+
+* hand-written: eager torch, analytic KLs, the exact expectation over gates, the likelihood by ``lgamma``;
+* default: ``elbo_terms``, as ``fit`` uses it;
+* stock: Pyro's ``TraceMeanField_ELBO``.
+
+First the three must agree in loss and gradients. Then they take turns; every round gives one ratio.
+Times are CPU time of this process on one thread, so that other work on the machine matters little.
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyro
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from torch import Tensor, nn
+from torch.distributions import Beta
+from torch.nn.functional import logsigmoid
+
+from pyro_causalcell.batch import Batch
+from pyro_causalcell.guides.sparse_shift import SparseShiftGuide
+from pyro_causalcell.inference import elbo_terms
+from pyro_causalcell.models.sparse_shift import SparseShift
+
+CLIP = 100.0
+"""Largest gradient norm: the default of ``fit``."""
+TOLERANCE = 1e-8
+"""Largest difference of loss and gradients in double precision, as a share of the largest gradient."""
+
+Loss = Callable[[SparseShift, SparseShiftGuide, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table."""
+
+    n_cells: int
+    n_genes: int
+    likelihood: str
+    n_targets: int
+    n_latents: int
+    n_hidden: int
+    seed: int
+
+
+# ---------------------------------------------------------------- the three engines
+
+
+def hand_written(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Tensor:
+    """Negative ELBO in nats per cell, without Pyro: one draw, every KL and gate expectation analytic."""
+    assert batch.x_ng is not None
+    alpha, tau = model.alpha, model.shift_scale
+    logit_pk, shift_loc_pk = guide.gate_logit, guide.shift_loc
+    shift_scale_pk = guide.shift_scale_unconstrained.exp()
+    gate_pk = logit_pk.sigmoid()
+    a_pk, b_pk = 1 + gate_pk, alpha + 1 - gate_pk
+    rate_pk = Beta(a_pk, b_pk, validate_args=False).rsample()
+    shift_pk = shift_loc_pk + shift_scale_pk * torch.randn_like(shift_loc_pk)
+
+    prior_loc_nk = batch.u_np @ (gate_pk * shift_pk)
+    prior_var_nk = batch.u_np**2 @ (gate_pk * (1 - gate_pk) * shift_pk**2)
+    loc_nk, scale_nk = guide.encoder(batch.x_ng, batch.batch_nb, prior_loc_nk)
+    z_nk = loc_nk + scale_nk * torch.randn_like(loc_nk)
+    logit_ng = model.decoder(z_nk, batch.batch_nb)
+
+    total = a_pk.new_tensor(alpha + 2.0)
+    kl_rate = torch.lgamma(total) - torch.lgamma(a_pk) - torch.lgamma(b_pk) - np.log(alpha)
+    kl_rate = kl_rate + gate_pk * a_pk.digamma() + (1 - gate_pk) * b_pk.digamma()
+    kl_rate = kl_rate - torch.digamma(total)
+    kl_gate = gate_pk * (logsigmoid(logit_pk) - rate_pk.log())
+    kl_gate = kl_gate + (1 - gate_pk) * (logsigmoid(-logit_pk) - torch.log1p(-rate_pk))
+    kl_shift = (shift_scale_pk**2 + shift_loc_pk**2) / (2 * tau**2) - shift_scale_pk.log() + np.log(tau) - 0.5
+    kl_shift = gate_pk * (kl_shift + model.cost_p.unsqueeze(-1))  # with the cost of an open edge
+    kl_z = (scale_nk**2 + (loc_nk - prior_loc_nk) ** 2 + prior_var_nk - 1) / 2 - scale_nk.log()
+    per_cell = kl_z.sum(-1) - _log_likelihood(model, logit_ng, batch.x_ng, batch.library_n1).sum(-1)
+    return per_cell.mean() + (kl_rate + kl_gate + kl_shift).sum() / batch.n_total
+
+
+def _log_likelihood(model: SparseShift, logit_ng: Tensor, x_ng: Tensor, library_n1: Tensor) -> Tensor:
+    """log p(x | z), shape n, g."""
+    if model.likelihood == "gaussian":
+        log_scale_g = model.scale_g_unconstrained
+        residual_ng = (x_ng - logit_ng) * (-log_scale_g).exp()
+        return -0.5 * residual_ng**2 - log_scale_g - 0.5 * np.log(2 * np.pi)
+    log_mean_ng = library_n1.log() + logit_ng.log_softmax(-1)
+    if model.likelihood == "poisson":
+        return x_ng * log_mean_ng - log_mean_ng.exp() - torch.lgamma(x_ng + 1)
+    log_theta_g = model.theta_g_unconstrained
+    theta_g = log_theta_g.exp()
+    log_sum_ng = (theta_g + log_mean_ng.exp()).log()
+    counts_ng = torch.lgamma(x_ng + theta_g) - torch.lgamma(theta_g) - torch.lgamma(x_ng + 1)
+    return counts_ng + theta_g * (log_theta_g - log_sum_ng) + x_ng * (log_mean_ng - log_sum_ng)
+
+
+def default(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Tensor:
+    """The same by the engine of ``fit``."""
+    return -torch.stack(list(elbo_terms(model, guide, batch).values())).sum() / batch.n_total
+
+
+def stock(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Tensor:
+    """The same by stock Pyro."""
+    loss: Tensor = TraceMeanField_ELBO().differentiable_loss(model, guide, batch)
+    return loss / batch.n_total
+
+
+ENGINES: dict[str, Loss] = {"hand-written": hand_written, "default": default, "stock": stock}
+
+
+# ---------------------------------------------------------------- pair and data
+
+
+def build(setting: Setting) -> tuple[SparseShift, SparseShiftGuide, Batch]:
+    """The pair with its defaults, and one minibatch of 100 as many cells in all."""
+    torch.manual_seed(setting.seed)
+    rng = np.random.default_rng(setting.seed)
+    batch = _batch(setting, rng)
+    shared = {
+        "n_genes": setting.n_genes,
+        "n_targets": setting.n_targets,
+        "n_latents": setting.n_latents,
+        "n_hidden": setting.n_hidden,
+        "likelihood": setting.likelihood,
+    }
+    target_cells = (batch.n_total / (setting.n_targets + 1),) * setting.n_targets
+    return SparseShift(target_cells=target_cells, **shared), SparseShiftGuide(**shared), batch  # type: ignore[arg-type]
+
+
+def _batch(setting: Setting, rng: np.random.Generator) -> Batch:
+    """Counts as in a screen: most are zero, a few genes reach hundreds; log1p of them for the Gaussian."""
+    n, g, p = setting.n_cells, setting.n_genes, setting.n_targets
+    share_g = rng.lognormal(0.0, 2.0, g)
+    depth_n1 = g * rng.lognormal(0.0, 0.4, (n, 1))  # one count per gene on average
+    rate_ng = depth_n1 * share_g / share_g.sum() * rng.gamma(2.0, 0.5, (n, g))
+    x_ng = torch.from_numpy(rng.poisson(rate_ng)).float()
+    library_n1 = x_ng.sum(1, keepdim=True)
+    condition_n = torch.from_numpy(rng.integers(0, p + 1, n))
+    return Batch(
+        x_ng=x_ng.log1p() if setting.likelihood == "gaussian" else x_ng,
+        u_np=torch.eye(p + 1)[condition_n, 1:],
+        library_n1=library_n1,
+        batch_nb=torch.zeros(n, 0),
+        condition_n=condition_n,
+        index_n=torch.arange(n),
+        n_total=100 * n,
+    )
+
+
+# ---------------------------------------------------------------- agreement
+
+
+def check(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> None:
+    """All engines must give one loss and one set of gradients under one seed.
+
+    Raises:
+        SystemExit: They do not.
+    """
+    modules = nn.ModuleDict({"model": copy.deepcopy(model), "guide": copy.deepcopy(guide)}).double()
+    wide = [f.double() if isinstance(f, Tensor) and f.is_floating_point() else f for f in batch]
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, engine in ENGINES.items():
+        torch.manual_seed(1)
+        modules.zero_grad(set_to_none=True)
+        loss = engine(modules["model"], modules["guide"], Batch(*wide))  # type: ignore[arg-type]
+        loss.backward()
+        grads = {n: p.grad for n, p in modules.named_parameters() if p.grad is not None}
+        found[name] = {"loss": loss.detach(), **grads}
+    expected = found.pop("hand-written")
+    allowed = TOLERANCE * max(float(value.abs().max()) for value in expected.values())
+    for name, values in found.items():
+        if values.keys() != expected.keys() or len(values) != 1 + len(list(modules.parameters())):
+            raise SystemExit(f"{name} has gradients of other parameters: {values.keys() ^ expected.keys()}")
+        worst = max(expected, key=lambda n, values=values: float((values[n] - expected[n]).abs().max()))
+        error = float((values[worst] - expected[worst]).abs().max())
+        if not error <= allowed:
+            raise SystemExit(
+                f"{name} differs from hand-written by {error:.2g} in {worst} (allowed {allowed:.2g})"
+            )
+
+
+# ---------------------------------------------------------------- time
+
+
+def stepper(engine: Loss, model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Callable[[], None]:
+    """One training step on copies of the pair."""
+    model, guide = copy.deepcopy(model), copy.deepcopy(guide)
+    parameters = [*model.parameters(), *guide.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        engine(model, guide, batch).backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
+        optimizer.step()
+
+    return step
+
+
+def measure(steppers: Sequence[Callable[[], None]], rounds: int, steps: int) -> np.ndarray:
+    """Milliseconds of CPU time a step, shape rounds x engines; the order turns from round to round."""
+    for step in steppers:
+        for _ in range(5):
+            step()
+    times = np.zeros((rounds, len(steppers)))
+    for r in range(rounds):
+        for i in np.roll(np.arange(len(steppers)), r):
+            start = time.process_time()
+            for _ in range(steps):
+                steppers[i]()
+            times[r, i] = (time.process_time() - start) / steps * 1e3
+    return times
+
+
+def report(setting: Setting, batch: Batch, times: np.ndarray) -> None:
+    """Print one row per engine: median of the rounds' ratios and their quartiles."""
+    assert batch.x_ng is not None
+    ratios = times / times[:, :1]
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75], axis=0)
+    size = f"{setting.n_cells}x{setting.n_genes}"
+    print(f"\n{size}, {setting.likelihood}: {float((batch.x_ng > 0).float().mean()):.0%} non-zero, ", end="")
+    print(f"largest value {float(batch.x_ng.max()):.0f}, {len(times)} rounds")
+    for i, name in enumerate(ENGINES):
+        ms = np.median(times[:, i])
+        print(f"  {name:<13} {middle[i]:5.2f}  [{low[i]:.2f}, {high[i]:.2f}]  {ms:8.2f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", default=["128x1000", "512x2000"], help="cells x genes")
+    parser.add_argument("--likelihood", choices=["nb", "poisson", "gaussian"], default="nb")
+    parser.add_argument("--targets", type=int, default=100)
+    parser.add_argument("--latents", type=int, default=15)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=3, help="steps of each engine in a round")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # as fit does
+    pyro.enable_validation(False)  # as fit does
+    print("CPU time of a step as a share of hand-written torch: median [quartiles] of the rounds' ratios")
+    for size in given.sizes:
+        n, g = (int(number) for number in size.split("x"))
+        setting = Setting(n, g, given.likelihood, given.targets, given.latents, given.hidden, given.seed)
+        model, guide, batch = build(setting)
+        check(model, guide, batch)
+        steppers = [stepper(engine, model, guide, batch) for engine in ENGINES.values()]
+        report(setting, batch, measure(steppers, given.rounds, given.steps))
+
+
+if __name__ == "__main__":
+    main()
