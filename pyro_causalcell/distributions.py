@@ -1,7 +1,5 @@
 """Distributions the generative processes are written with."""
 
-import math
-
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -13,8 +11,9 @@ __all__ = ["Gate", "GatedNormal", "MeanFieldGate", "NegativeBinomial", "Uncertai
 
 Shape = torch.Size | list[int] | tuple[int, ...]
 
-TABLE_ROWS = 32
-"""Counts below this are looked up in a table; larger ones (few in single cells) are evaluated one by one."""
+LEAST_ROWS, MOST_ROWS = 32, 512
+"""Counts below are looked up in a table, larger ones are evaluated one by one. In single cells few are: a
+short table is enough. It grows where many are."""
 
 
 class NegativeBinomial(dist.TorchDistribution):
@@ -99,18 +98,10 @@ def _gamma_terms(x: Tensor, theta: Tensor) -> Tensor:
     return (torch.lgamma(x + wide) - torch.lgamma(wide) - torch.lgamma(x + 1)).to(theta.dtype)
 
 
-def _large_terms(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """The same terms and their slopes in θ for x ≥ TABLE_ROWS, by Stirling's series: 3e-11 off at most."""
+def _gamma_slopes(x: Tensor, theta: Tensor) -> Tensor:
+    """Derivative of these terms in θ."""
     x, wide = x.double(), theta.double()
-    top, log_top = x + wide, (x + wide).log()
-    terms = _stirling(top, log_top) - torch.lgamma(wide) - _stirling(x + 1, (x + 1).log())
-    slopes = log_top - (0.5 + 1 / (12 * top)) / top - torch.digamma(wide)
-    return terms.to(theta.dtype), slopes.to(theta.dtype)
-
-
-def _stirling(y: Tensor, log_y: Tensor) -> Tensor:
-    """log Γ(y)."""
-    return (y - 0.5) * log_y - y + 0.5 * math.log(2 * math.pi) + (1 / 12 - 1 / (360 * y**2)) / y
+    return (torch.digamma(x + wide) - torch.digamma(wide)).to(theta.dtype)
 
 
 class _TableTerms(torch.autograd.Function):
@@ -119,19 +110,18 @@ class _TableTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ng: Tensor, theta_g: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
         n_genes = theta_g.shape[0]
-        j_j1 = torch.arange(TABLE_ROWS - 1, device=x_ng.device, dtype=theta_g.dtype).unsqueeze(1)
-        steps_jg = theta_g + j_j1
         flat = x_ng.reshape(-1)
+        rows, big = _split(flat, n_genes)
+        j_j1 = torch.arange(rows - 1, device=x_ng.device, dtype=theta_g.dtype).unsqueeze(1)
+        steps_jg = theta_g + j_j1
         genes_g = torch.arange(n_genes, device=x_ng.device, dtype=torch.int32)
         # flat 32-bit places: gather with its 64-bit index takes twice as long
-        at = (x_ng.clamp(max=TABLE_ROWS - 1).int() * n_genes + genes_g).reshape(-1)
-        big = (flat >= TABLE_ROWS).nonzero().squeeze(1)
-        big_terms, big_slopes = _large_terms(flat[big], theta_g[big % n_genes])
+        at = (x_ng.clamp(max=rows - 1).int() * n_genes + genes_g).reshape(-1)
         terms = _sums((steps_jg / (j_j1 + 1)).log()).index_select(0, at)
-        terms[big] = big_terms
+        terms[big] = _gamma_terms(flat[big], theta_g[big % n_genes])
         if ctx.needs_input_grad[1]:
             slopes = _sums(steps_jg.reciprocal()).index_select(0, at)
-            slopes[big] = big_slopes
+            slopes[big] = _gamma_slopes(flat[big], theta_g[big % n_genes])
             ctx.save_for_backward(slopes.view(x_ng.shape), x_ng, theta_g)
         return terms.view(x_ng.shape)
 
@@ -141,6 +131,19 @@ class _TableTerms(torch.autograd.Function):
         if torch.is_grad_enabled():  # second derivatives are asked for: the table has none
             slope_ng = torch.digamma(x_ng + theta_g) - torch.digamma(theta_g)
         return None, (grad_ng * slope_ng).reshape(-1, theta_g.shape[0]).sum(0)
+
+
+def _split(flat: Tensor, n_genes: int) -> tuple[int, Tensor]:
+    """Rows of the table, and where the counts are that it does not hold.
+
+    Filling a row costs as much as evaluating a fifth of its genes one by one.
+    """
+    rows = LEAST_ROWS
+    big = (flat >= rows).nonzero().squeeze(1)
+    while rows < MOST_ROWS and len(big) > rows * n_genes / 5:
+        rows *= 2
+        big = (flat >= rows).nonzero().squeeze(1)
+    return rows, big
 
 
 def _sums(steps_jg: Tensor) -> Tensor:

@@ -99,6 +99,23 @@ def test_nb_equals_torch_and_both_forms_agree():
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("mean", [3.0, 60.0, 2000.0])
+def test_nb_table_grows_with_the_counts(mean):
+    """Few, many and only large counts: short table, longer table, longest table and single terms."""
+    torch.manual_seed(0)
+    x_ng = torch.poisson(torch.full((300, 4), mean, dtype=torch.double))
+    theta_g = torch.tensor([0.2, 1.0, 5.0, 80.0], dtype=torch.double)
+    results = []
+    for per_gene in (True, False):
+        theta = theta_g.clone().requires_grad_()
+        given = theta if per_gene else theta.unsqueeze(0)
+        nb = NegativeBinomial(inverse_dispersion=given, log_mean=torch.full_like(x_ng, mean).log())
+        log_prob = nb.log_prob(x_ng)
+        results.append((log_prob, *torch.autograd.grad(log_prob.sum(), theta)))
+    for table, lgamma in zip(*results, strict=True):
+        torch.testing.assert_close(table, lgamma, rtol=1e-9, atol=1e-9)
+
+
 def test_nb_passes_gradcheck():
     x_ng = torch.tensor([[0.0, 600.0, 3.0], [2.0, 1.0, 0.0]], dtype=torch.double)
     log_mean = torch.randn(4, 2, 3, dtype=torch.double, requires_grad=True)
