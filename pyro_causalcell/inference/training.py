@@ -1,11 +1,14 @@
 """``fit``: train a pair by stochastic variational inference."""
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pandas as pd
@@ -224,6 +227,7 @@ class Trainer:
         check_plain(pair)
         self.hash = self._hash()  # now, not later: the user may edit the model's file while it trains
         self.progress = Progress(lr=training.lr)
+        self.interrupts: list[int] = []
         self.best_state: dict[str, dict[str, Tensor]] = _copy(pair.state_dict())
         if not training.warm_start:
             self._start_stage("training")
@@ -233,8 +237,9 @@ class Trainer:
     def run(self, show: bool) -> None:
         """Train until done. Ctrl-C saves what is there and passes on."""
         last = self.training.epochs or self.training.max_epochs
+        bar = tqdm(total=last, disable=not show, unit="epoch")
         try:
-            with pyro.validation_enabled(False), tqdm(total=last, disable=not show, unit="epoch") as bar:
+            with pyro.validation_enabled(False), bar, _heard_interrupts() as self.interrupts:
                 bar.update(self.progress.epoch)
                 while not self.progress.done:
                     row = self._epoch()
@@ -272,6 +277,8 @@ class Trainer:
         for step, batch in enumerate(self.batches.epoch(self.progress.epoch)):
             weights = self._weights((step + 1) / len(self.batches))
             self.optimizer.zero_grad(set_to_none=True)
+            if self.interrupts:
+                raise KeyboardInterrupt
             terms = self._gradients(batch, weights)
             if self.training.clip is not None:
                 nn.utils.clip_grad_norm_(parameters, self.training.clip, foreach=True)
@@ -588,6 +595,29 @@ def _same_draws(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _heard_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C is noted, and answered between two steps, where no callback can swallow it.
+
+    A second one stops at once.
+    """
+    heard: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+        yield heard
+        return
+
+    def hear(number: int, _: FrameType | None) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
 
 @contextmanager
