@@ -79,11 +79,12 @@ def hand_written(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> T
     kl_rate = kl_rate - torch.digamma(total)
     kl_gate = gate_pk * (logsigmoid(logit_pk) - rate_pk.log())
     kl_gate = kl_gate + (1 - gate_pk) * (logsigmoid(-logit_pk) - torch.log1p(-rate_pk))
-    kl_shift = (shift_scale_pk**2 + shift_loc_pk**2) / (2 * tau**2) - shift_scale_pk.log() + math.log(tau) - 0.5
+    kl_shift = (shift_scale_pk**2 + shift_loc_pk**2) / (2 * tau**2) - (shift_scale_pk / tau).log() - 0.5
     kl_shift = gate_pk * (kl_shift + model.cost_p.unsqueeze(-1))  # with the cost of an open edge
     kl_z = (scale_nk**2 + (loc_nk - prior_loc_nk) ** 2 + prior_var_nk - 1) / 2 - scale_nk.log()
     per_cell = kl_z.sum(-1) - _log_likelihood(model, logit_ng, batch.x_ng, batch.library_n1).sum(-1)
-    return per_cell.mean() + (kl_rate + kl_gate + kl_shift).sum() / batch.n_total
+    loss: Tensor = per_cell.mean() + (kl_rate + kl_gate + kl_shift).sum() / batch.n_total
+    return loss
 
 
 def _log_likelihood(model: SparseShift, logit_ng: Tensor, x_ng: Tensor, library_n1: Tensor) -> Tensor:
