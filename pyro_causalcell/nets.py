@@ -100,11 +100,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def rotate(self, map_kk: Tensor, offset_k: Tensor) -> None:
-        """Let the location be ``loc @ map_kk.T + offset_k`` from now on.
-
-        Scales become their average, and inputs beside the genes that carried nothing so far start at
-        weight zero.
-        """
+        """Let the location be ``loc @ map_kk.T + offset_k`` from now on; scales become their average."""
         variance_k = torch.exp(2 * self.log_scale.bias)
         self.loc.weight.copy_(map_kk @ self.loc.weight)
         self.loc.bias.copy_(map_kk @ self.loc.bias + offset_k)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -152,29 +153,7 @@ def test_other_data_are_refused(tiny_screen, tiny_adata, settings, tmp_path):
         fit(MODEL, None, fewer, out=tmp_path / "run", resume=True, **settings)
 
 
-USER = textwrap.dedent("""
-    import pyro, torch
-    import pyro.distributions as dist
-    from pyro.nn import PyroModule
-
-    class MyModel(PyroModule):
-        def __init__(self, n_genes, n_targets, n_latents=2):
-            super().__init__()
-            self.n_latents = n_latents
-            self.decoder = torch.nn.Linear(n_latents, n_genes)
-        def forward(self, batch):
-            with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
-                z = pyro.sample("z", dist.Normal(batch.u_np.new_zeros(self.n_latents), 1.0).to_event(1))
-                return pyro.sample("x", dist.Poisson(self.decoder(z).exp()).to_event(1), obs=batch.x_ng)
-
-    class MyGuide(PyroModule):
-        def __init__(self, n_genes, n_latents=2):
-            super().__init__()
-            self.loc = torch.nn.Linear(n_genes, n_latents)
-        def forward(self, batch):
-            with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
-                pyro.sample("z", dist.Normal(self.loc(batch.x_ng.log1p()), 0.5).to_event(1))
-""")
+USER = (Path(__file__).parent / "user_pair.py").read_text()
 
 
 @pytest.fixture
