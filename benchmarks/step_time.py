@@ -1,13 +1,14 @@
-"""Step time of the default engine and of stock Pyro, as a share of the same step written by hand in torch.
+"""Step time of the engines of ``fit`` and of stock Pyro, as a share of a step written by hand in torch.
 
-One training step is the loss, its gradients, clipping and one fused Adam step. Three engines take it on
+One training step is the loss, its gradients, clipping and one fused Adam step. Four engines take it on
 the same pair (``SparseShift`` and ``SparseShiftGuide`` with their defaults) and the same minibatch:
 
 * hand-written: eager torch, analytic KLs, the exact expectation over gates, the likelihood by ``lgamma``;
-* default: ``elbo_terms``, as ``fit`` uses it;
+* eager: ``elbo_terms``, with which ``fit`` starts;
+* compiled: ``TracedStep``, to which ``fit`` switches where training is long enough;
 * stock: Pyro's ``TraceMeanField_ELBO``.
 
-First the three must agree in loss and gradients. Then they take turns; every round gives one ratio.
+First they must agree in loss and gradients. Then they take turns; every round gives one ratio.
 Times are CPU time of this process on one thread, so that other work on the machine matters little.
 """
 
@@ -29,11 +30,13 @@ from torch.nn.functional import logsigmoid
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.guides.sparse_shift import SparseShiftGuide
 from pyro_causalcell.inference import elbo_terms
+from pyro_causalcell.inference.engine import TOLERANCE, TracedStep
+from pyro_causalcell.inference.pair import Pair
 from pyro_causalcell.models.sparse_shift import SparseShift
 
 CLIP = 100.0
 """Largest gradient norm: the default of ``fit``."""
-TOLERANCE = 1e-8
+ROUNDING = 1e-8
 """Largest difference of loss and gradients in double precision, as a share of the largest gradient."""
 
 Loss = Callable[[SparseShift, SparseShiftGuide, Batch], Tensor]
@@ -103,8 +106,8 @@ def _log_likelihood(model: SparseShift, logit_ng: Tensor, x_ng: Tensor, library_
     return counts_ng + theta_g * (log_theta_g - log_sum_ng) + x_ng * (log_mean_ng - log_sum_ng)
 
 
-def default(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Tensor:
-    """The same by the engine of ``fit``."""
+def eager(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Tensor:
+    """The same by the handler with which ``fit`` starts."""
     return -torch.stack(list(elbo_terms(model, guide, batch).values())).sum() / batch.n_total
 
 
@@ -114,7 +117,7 @@ def stock(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Tensor:
     return loss / batch.n_total
 
 
-ENGINES: dict[str, Loss] = {"hand-written": hand_written, "default": default, "stock": stock}
+ENGINES: dict[str, Loss] = {"hand-written": hand_written, "eager": eager, "stock": stock}
 
 
 # ---------------------------------------------------------------- pair and data
@@ -176,7 +179,7 @@ def check(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> None:
         grads = {n: p.grad for n, p in modules.named_parameters() if p.grad is not None}
         found[name] = {"loss": loss.detach(), **grads}
     expected = found.pop("hand-written")
-    allowed = TOLERANCE * max(float(value.abs().max()) for value in expected.values())
+    allowed = ROUNDING * max(float(value.abs().max()) for value in expected.values())
     for name, values in found.items():
         if values.keys() != expected.keys() or len(values) != 1 + len(list(modules.parameters())):
             raise SystemExit(f"{name} has gradients of other parameters: {values.keys() ^ expected.keys()}")
@@ -194,12 +197,33 @@ def check(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> None:
 def stepper(engine: Loss, model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Callable[[], None]:
     """One training step on copies of the pair."""
     model, guide = copy.deepcopy(model), copy.deepcopy(guide)
+    return _step(model, guide, lambda: engine(model, guide, batch).backward())
+
+
+def compiled_stepper(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Callable[[], None]:
+    """The same by the compiled graph; it must agree with Pyro.
+
+    Raises:
+        SystemExit: It does not.
+    """
+    model, guide = copy.deepcopy(model), copy.deepcopy(guide)
+    start = time.perf_counter()
+    traced = TracedStep(Pair(model, guide), batch, {})
+    traced.compile(batch, {})
+    print(f"recorded and compiled in {time.perf_counter() - start:.0f} s")
+    difference = traced.difference(batch, {})
+    if not difference <= TOLERANCE:
+        raise SystemExit(f"compiled gradients differ from Pyro's by {difference:.2g} of their size")
+    return _step(model, guide, lambda: traced(batch, {}))
+
+
+def _step(model: SparseShift, guide: SparseShiftGuide, gradients: Callable[[], object]) -> Callable[[], None]:
     parameters = [*model.parameters(), *guide.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-4, fused=True)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        engine(model, guide, batch).backward()
+        gradients()
         nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
         optimizer.step()
 
@@ -221,7 +245,7 @@ def measure(steppers: Sequence[Callable[[], None]], rounds: int, steps: int) -> 
     return times
 
 
-def report(setting: Setting, batch: Batch, times: np.ndarray) -> None:
+def report(setting: Setting, batch: Batch, names: Sequence[str], times: np.ndarray) -> None:
     """Print one row per engine: median of the rounds' ratios and their quartiles."""
     assert batch.x_ng is not None
     ratios = times / times[:, :1]
@@ -229,7 +253,7 @@ def report(setting: Setting, batch: Batch, times: np.ndarray) -> None:
     size = f"{setting.n_cells}x{setting.n_genes}"
     print(f"\n{size}, {setting.likelihood}: {float((batch.x_ng > 0).float().mean()):.0%} non-zero, ", end="")
     print(f"largest value {float(batch.x_ng.max()):.0f}, {len(times)} rounds")
-    for i, name in enumerate(ENGINES):
+    for i, name in enumerate(names):
         ms = np.median(times[:, i])
         print(f"  {name:<13} {middle[i]:5.2f}  [{low[i]:.2f}, {high[i]:.2f}]  {ms:8.2f} ms")
 
@@ -257,8 +281,10 @@ def main() -> None:
         setting = Setting(n, g, given.likelihood, given.targets, given.latents, given.hidden, given.seed)
         model, guide, batch = build(setting)
         check(model, guide, batch)
-        steppers = [stepper(engine, model, guide, batch) for engine in ENGINES.values()]
-        report(setting, batch, measure(steppers, given.rounds, given.steps))
+        steppers = {name: stepper(engine, model, guide, batch) for name, engine in ENGINES.items()}
+        steppers["compiled"] = compiled_stepper(model, guide, batch)
+        times = measure(list(steppers.values()), given.rounds, given.steps)
+        report(setting, batch, list(steppers), times)
 
 
 if __name__ == "__main__":

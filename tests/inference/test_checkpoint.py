@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pyro_causalcell.errors import CheckpointError
-from pyro_causalcell.inference import Fit, fit, fitted, training
+from pyro_causalcell.inference import Fit, engine, fit, fitted, training
 
 MODEL = "sparse-shift"
 
@@ -381,7 +381,7 @@ def test_a_folder_that_cannot_be_made(tiny_screen, quick, tmp_path):
 
 def test_ctrl_c_keeps_a_checkpoint_and_passes_on(tiny_screen, settings, tmp_path, monkeypatch):
     whole = fit(MODEL, None, tiny_screen, **settings)
-    step, calls = training.elbo_terms, []
+    step, calls = engine.elbo_terms, []
 
     def interrupted(*args):
         calls.append(1)
@@ -390,7 +390,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_passes_on(tiny_screen, settings, tmp_path
         return step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "elbo_terms", interrupted)
+        patch.setattr(engine, "elbo_terms", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(MODEL, None, tiny_screen, out=tmp_path / "run", **settings)
     stopped = Fit.load(tmp_path / "run")

@@ -1,0 +1,173 @@
+"""The recorded step: Pyro's numbers and gradients, live weights, refusals, the switch."""
+
+import copy
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.nn import PyroModule
+
+from pyro_causalcell.batch import Batch
+from pyro_causalcell.inference import engine, fit
+from pyro_causalcell.inference.engine import Engine, NotTraceableError, TracedStep, eager_gradients
+from pyro_causalcell.inference.pair import Pair
+
+
+def _batches(batch: Batch, n: int) -> list[Batch]:
+    """Batches of one shape with other counts, in double precision."""
+    wide = [f.double() if isinstance(f, torch.Tensor) and f.is_floating_point() else f for f in batch]
+    base, generator = Batch(*wide), torch.Generator().manual_seed(1)
+    return [
+        base._replace(x_ng=torch.poisson(base.x_ng + i, generator=generator)) for i in range(n)
+    ]  # the library stays: only its logarithm enters
+
+
+def _pair(model, guide) -> Pair:
+    modules = torch.nn.ModuleDict({"model": copy.deepcopy(model), "guide": copy.deepcopy(guide)}).double()
+    pair = Pair(modules["model"], modules["guide"])
+    pair.train(True)
+    return pair
+
+
+def _train(pair: Pair, batches: list[Batch], traced: bool) -> list[dict[str, float]]:
+    """Adam with weights that change; the recorded graph is run uncompiled."""
+    optimizer = torch.optim.Adam(list(pair.parameters()), lr=1e-2)
+    torch.manual_seed(3)
+    step, found = None, []
+    for i, batch in enumerate(batches):
+        weights = {"z": i / len(batches)}
+        optimizer.zero_grad(set_to_none=True)
+        if traced:
+            if step is None:
+                step = TracedStep(pair, batch, weights)
+            assert step.fits(batch, weights)
+            terms = step(batch, weights)
+        else:
+            terms = eager_gradients(pair, batch, weights)
+        optimizer.step()
+        found.append({name: float(term) for name, term in terms.items()})
+    return found
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm": "batch"}, {"gates": "open"}, {"likelihood": "poisson"}])
+def test_recorded_steps_are_pyros(build, batch, settings):
+    with pyro.validation_enabled(False):
+        model, guide = build(guide={"dropout": 0.3}, **settings)
+        eager, traced = _pair(model, guide), _pair(model, guide)
+        batches = _batches(batch, 6)
+        expected, found = (_train(p, batches, t) for p, t in ((eager, False), (traced, True)))
+    for a, b in zip(expected, found, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)  # the likelihood's series against its table
+    for kind, state in eager.state_dict().items():  # BatchNorm's statistics too
+        for name, value in state.items():
+            torch.testing.assert_close(traced.state_dict()[kind][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_a_recording_knows_its_batches(build, batch):
+    pair = _pair(*build())
+    first = _batches(batch, 1)[0]
+    with pyro.validation_enabled(False):
+        step = TracedStep(pair, first, {"z": 0.5})
+    assert step.fits(first._replace(x_ng=first.x_ng + 1), {"z": 0.1})
+    assert not step.fits(first, {})
+    assert not step.fits(first._replace(n_total=61), {"z": 0.5})
+    short = [f[:5] if isinstance(f, torch.Tensor) else f for f in first]
+    assert not step.fits(Batch(*short), {"z": 0.5})
+    pair.train(False)
+    assert not step.fits(first, {"z": 0.5})
+
+
+class Reads(PyroModule):
+    """A model that looks at values: what it does depends on them."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.loc = how, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, batch: Batch) -> None:
+        scale = 1.0
+        if self.how == "value":
+            scale = 2.0 if float(batch.x_ng.sum()) > 0 else 1.0
+        if self.how == "shape":
+            scale = 1.0 + batch.x_ng[batch.x_ng > 2].mean()
+        with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
+            z_n = pyro.sample("z", dist.Normal(self.loc, scale))
+            pyro.sample("x", dist.Normal(z_n.unsqueeze(-1), 1.0).to_event(1), obs=batch.x_ng)
+
+
+class Guide(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, batch: Batch) -> None:
+        with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
+            pyro.sample("z", dist.Normal(self.loc, 1.0))
+
+
+@pytest.mark.parametrize("how", ["value", "shape"])
+def test_a_pair_that_looks_at_values_is_refused_and_trains_on(batch, how):
+    pair = Pair(Reads(how), Guide())
+    with pyro.validation_enabled(False):
+        with pytest.raises(NotTraceableError):
+            TracedStep(pair, batch, {})
+        steps = Engine(pair, compile=True, n_steps=10)
+        with pytest.warns(UserWarning, match="without a compiled step"):
+            terms = steps.gradients(batch, {})
+    assert set(terms) == {"z", "x"} and pair.guide.loc.grad is not None
+
+
+def test_a_wrong_graph_is_found_before_it_is_used(build, batch, monkeypatch):
+    """A multiplier that Python froze: right for the recorded batch, wrong for the next."""
+    pair = Pair(*build())
+    pair.train(True)
+    monkeypatch.setattr(TracedStep, "compile", lambda self, *_: None)
+    steps = Engine(pair, compile=True, n_steps=10)
+    with pyro.validation_enabled(False):
+        steps.gradients(batch, {})
+        frozen = batch.x_ng.clone()
+        steps.traced.run = lambda *inputs: steps.traced.graph(
+            *(frozen if i is later.x_ng else i for i in inputs)
+        )
+        later = batch._replace(x_ng=batch.x_ng + 3)
+        with pytest.warns(UserWarning, match="gradients differ"):
+            steps.gradients(later, {})
+        pair.model.zero_grad()
+        assert steps.gradients(later, {})["x"] == pytest.approx(
+            float(eager_gradients(pair, later, {})["x"]), rel=0.2
+        )
+
+
+def test_stages_too_short_to_repay_are_left_alone(build, batch, monkeypatch):
+    monkeypatch.setattr(engine, "TracedStep", None)
+    pair = Pair(*build())
+    for asked, n_steps in ((None, engine.REPAYS - 1), (False, 10**9)):
+        assert Engine(pair, asked, n_steps).gradients(batch, {}).keys() >= {"x", "z"}
+
+
+@pytest.mark.parametrize(("age", "first"), [(0, 3), (3, 3), (10, 10)])
+def test_the_graph_takes_over_at_its_step(build, batch, monkeypatch, age, first):
+    """A resumed run has steps behind it."""
+    monkeypatch.setattr(engine, "SWITCH_AFTER", 3)
+    monkeypatch.setattr(TracedStep, "compile", lambda self, *_: None)
+    taken: list[int] = []
+    call = TracedStep.__call__
+    monkeypatch.setattr(TracedStep, "__call__", lambda self, *a: taken.append(steps.age) or call(self, *a))
+    pair = Pair(*build())
+    pair.train(True)
+    steps = Engine(pair, None, engine.REPAYS, age=age)
+    with pyro.validation_enabled(False):
+        for _ in range(6):
+            steps.gradients(batch, {})
+    assert sorted(set(taken)) == list(range(first, age + 7))
+
+
+def test_compiled_training_is_the_eager_training(tiny_screen, quick):
+    """The one test that compiles."""
+    settings = quick | {"epochs": 2, "n_latents": 2, "n_hidden": 4, "gates": "open", "batch_size": 90}
+    eager, compiled = (fit("sparse-shift", None, tiny_screen, compile=c, **settings) for c in (False, True))
+    found, expected = compiled.history["train_loss"], eager.history["train_loss"]
+    assert found.to_numpy() == pytest.approx(expected.to_numpy(), rel=1e-3)
+    again = fit("sparse-shift", None, tiny_screen, compile=True, **settings)
+    assert again.history["train_loss"].tolist() == found.tolist()
