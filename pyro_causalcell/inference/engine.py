@@ -39,9 +39,9 @@ class NotTraceableError(Exception):
     """The pair cannot be recorded; the message says why."""
 
 
-def eager_gradients(pair: Pair, batch: Batch, weights: Mapping[str, float]) -> Terms:
+def eager_gradients(pair: Pair, batch: Batch, weights: Mapping[str, float], n_particles: int = 1) -> Terms:
     """Add the gradients of the loss in nats per cell to the parameters' ``grad``; returns the terms."""
-    terms = elbo_terms(pair.model, pair.guide, batch, weights)
+    terms = elbo_terms(pair.model, pair.guide, batch, weights, n_particles)
     _loss(terms, batch).backward()
     return {name: term.detach() for name, term in terms.items()}
 
@@ -53,12 +53,12 @@ def _loss(terms: Terms, batch: Batch) -> Tensor:
 class _Program(nn.Module):
     """A pair as one module, so that its parameters can be exchanged."""
 
-    def __init__(self, pair: Pair):
+    def __init__(self, pair: Pair, n_particles: int):
         super().__init__()
-        self.model, self.guide = pair.model, pair.guide
+        self.model, self.guide, self.n_particles = pair.model, pair.guide, n_particles
 
     def forward(self, batch: Batch, weights: Mapping[str, Tensor]) -> Terms:
-        return elbo_terms(self.model, self.guide, batch, weights)
+        return elbo_terms(self.model, self.guide, batch, weights, self.n_particles)
 
 
 class TracedStep:
@@ -71,14 +71,15 @@ class TracedStep:
         pair: The pair, in training mode.
         batch: A minibatch of the usual size.
         weights: Site name -> multiplier of its term.
+        n_particles: Draws of each cell's latents.
 
     Raises:
         NotTraceableError: The pair has operations whose result's shape depends on values, or reads values
             into Python.
     """
 
-    def __init__(self, pair: Pair, batch: Batch, weights: Mapping[str, float]):
-        self.pair, self.program = pair, _Program(pair)
+    def __init__(self, pair: Pair, batch: Batch, weights: Mapping[str, float], n_particles: int = 1):
+        self.pair, self.program, self.n_particles = pair, _Program(pair, n_particles), n_particles
         self.names: list[str] = []
         self.parameters = [p for p in self.program.parameters() if p.requires_grad]
         self.used: list[bool] = []
@@ -110,7 +111,7 @@ class TracedStep:
     def difference(self, batch: Batch, weights: Mapping[str, float]) -> float:
         """Largest difference of a gradient from Pyro's, as a share of that gradient's largest entry."""
         steps: list[Callable[[], Terms]] = [
-            lambda: eager_gradients(self.pair, batch, weights),
+            lambda: eager_gradients(self.pair, batch, weights, self.n_particles),
             lambda: self(batch, weights),
         ]
         found = []
@@ -205,10 +206,11 @@ class Engine:
             the stage is long enough to repay it.
         n_steps: Expected length of the stage.
         age: Steps of the stage that were taken before (a resumed run).
+        n_particles: Draws of each cell's latents.
     """
 
-    def __init__(self, pair: Pair, compile: bool | None, n_steps: int, age: int = 0):
-        self.pair, self.age = pair, age
+    def __init__(self, pair: Pair, compile: bool | None, n_steps: int, age: int = 0, n_particles: int = 1):
+        self.pair, self.age, self.n_particles = pair, age, n_particles
         self.wanted = n_steps >= REPAYS if compile is None else compile
         self.switch = 1 if compile else SWITCH_AFTER
         self.traced: TracedStep | None = None
@@ -225,11 +227,11 @@ class Engine:
         self.age += 1
         if self.wanted and self.thread is None and self.traced and self.traced.fits(batch, weights):
             return self.traced(batch, weights)
-        return eager_gradients(self.pair, batch, weights)
+        return eager_gradients(self.pair, batch, weights, self.n_particles)
 
     def _start(self, batch: Batch, weights: Mapping[str, float]) -> None:
         try:
-            self.traced = TracedStep(self.pair, batch, weights)
+            self.traced = TracedStep(self.pair, batch, weights, self.n_particles)
         except NotTraceableError as error:
             self._give_up(str(error))
             return

@@ -33,7 +33,7 @@ from pyro_causalcell.inference.fitted import (
     settings_hash,
 )
 from pyro_causalcell.inference.pair import Pair, Source, build_pair, check_pair
-from pyro_causalcell.inference.posterior import encode, sample_sites
+from pyro_causalcell.inference.posterior import encode, is_local, sample_sites
 from pyro_causalcell.inference.warm_start import can_rotate, sparse_rotation
 
 __all__ = ["fit", "pick_device"]
@@ -63,6 +63,7 @@ class Training:
     weights: dict[str, float] = field(default_factory=dict)
     warmup: dict[str, int] = field(default_factory=dict)
     elbo: str | None = None
+    particles: int = 1
     compile: bool | None = None
     memory_budget_gb: float = 4.0
 
@@ -101,6 +102,7 @@ def fit(
     weights: Mapping[str, float] | None = None,
     warmup: Mapping[str, int] | None = None,
     elbo: ELBO | None = None,
+    particles: int = 1,
     compile: bool | None = None,
     memory_budget_gb: float = 4.0,
     out: str | Path | None = None,
@@ -139,6 +141,9 @@ def fit(
         weights: Site name -> multiplier of its ELBO term, for example ``{"z": 8}`` for a β-VAE.
         warmup: Site name -> epochs over which its multiplier grows from 0: KL and gate annealing.
         elbo: Any Pyro ELBO (``TraceEnum_ELBO()``, ``RenyiELBO()``, ...) in place of the default engine.
+        particles: Draws of each cell's latents in a step. With more than one the bound is the
+            importance-weighted one, closer to the likelihood; a step takes about as many times the decoder.
+            To refine a fit, pass its ``model`` and ``guide`` again, with ``warm_start=0``.
         compile: Record and compile the training step: about twice as fast, after some 20 seconds beside the
             first steps. None does so where training is long enough to repay it; True at once, False never.
             A pair that cannot be recorded trains without it, and a warning says why.
@@ -160,6 +165,10 @@ def fit(
         TrainingError: A term is not finite; the last good checkpoint stays.
         CheckpointError: ``resume`` meets a checkpoint of other settings, data or code.
     """
+    if particles < 1 or (elbo is not None and particles > 1):
+        raise TrainingError(
+            f"particles= is a number of draws for the default bound, found {particles}; set elbo='s own there"
+        )
     _seed_all(seed)
     split = random_cells(screen, seed=seed) if split is None else split
     dims = screen.dims(split.train)
@@ -179,6 +188,7 @@ def fit(
         weights=dict(weights or {}),
         warmup=dict(warmup or {}),
         elbo=None if elbo is None else type(elbo).__name__,
+        particles=particles,
         compile=compile,
         memory_budget_gb=memory_budget_gb,
     )
@@ -210,6 +220,7 @@ class Trainer:
         self.out = None if out is None else Path(out)
         for module in (pair.model, pair.guide):
             module.to(device)
+        pair.train(True)  # an instance may come from a fit, and a guide may draw otherwise in evaluation
         memory = training.memory_budget_gb
         self.batches = Minibatches(
             screen, split.train, training.batch_size, seed=seed, device=device, memory_budget_gb=memory
@@ -222,7 +233,7 @@ class Trainer:
         first = next(self.batches.epoch(0))
         with _same_draws(seed, device):
             check_pair(pair.model, pair.guide, first)
-            _check_sites(pair, first, {**training.weights, **training.warmup})
+            _check_sites(pair, first, {**training.weights, **training.warmup}, training.particles)
             self.elbo = elbo or _needed_elbo(pair, first)
         self.optimizer = torch.optim.Adam(
             list(pair.parameters()),
@@ -316,7 +327,7 @@ class Trainer:
 
     def _terms(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
         if self.elbo is None:
-            return elbo_terms(self.pair.model, self.pair.guide, batch, weights)
+            return elbo_terms(self.pair.model, self.pair.guide, batch, weights, self.training.particles)
         with SiteWeights(weights):
             loss = self.elbo.loss(self.pair.model, self.pair.guide, batch)  # type: ignore[attr-defined]
         return {"elbo": torch.as_tensor(-loss, device=self.device)}
@@ -429,7 +440,9 @@ class Trainer:
         else:  # the least that it takes
             epochs = training.patience * (training.lr_drops + 1)
         per_epoch = len(self.batches)
-        return Engine(self.pair, training.compile, epochs * per_epoch, self._age() * per_epoch)
+        return Engine(
+            self.pair, training.compile, epochs * per_epoch, self._age() * per_epoch, training.particles
+        )
 
     def _hold_gates(self, held: bool) -> None:
         self.pair.guide.hold_gates_open(held)  # type: ignore[operator]
@@ -560,15 +573,30 @@ def _check_needs(model: nn.Module, screen: Screen) -> None:
         screen.require_normalised()
 
 
-def _check_sites(pair: Pair, batch: Batch, named: Mapping[str, float]) -> None:
-    """Refuse weights of sites that do not exist: they would do nothing."""
-    if not named:
+def _check_sites(pair: Pair, batch: Batch, named: Mapping[str, float], particles: int) -> None:
+    """Refuse weights of sites that do not exist, and what the importance-weighted bound cannot do."""
+    if not named and particles == 1:
         return
     traces = [poutine.trace(program).get_trace(batch) for program in (pair.model, pair.guide)]
-    sites = {name for trace in traces for name in sample_sites(trace)}
-    strange = sorted(named.keys() - sites)
+    sites = {name: site for trace in traces for name, site in sample_sites(trace).items()}
+    strange = sorted(named.keys() - sites.keys())
     if strange:
         raise PairError(f"weights= and warmup= take sites of the pair ({sorted(sites)}), found {strange}")
+    if particles == 1:
+        return
+    local = {name: site for name, site in sites.items() if is_local(site)}
+    joined = sorted(named.keys() & local.keys())
+    if joined:
+        raise TrainingError(
+            f"weights= and warmup= of the cells' sites {joined} need particles=1, found {particles}: the "
+            "importance-weighted bound has one term for all of them"
+        )
+    nested = sorted(name for name, site in local.items() if len(site["cond_indep_stack"]) > 1)
+    if nested:
+        raise TrainingError(
+            f"sites {nested} are in another plate beside the cells', which particles={particles} does not "
+            "allow: declare its dimension by to_event, or train with particles=1"
+        )
 
 
 def _warm_epochs(asked: int | None, pair: Pair, epochs: int | None) -> int:

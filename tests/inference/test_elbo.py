@@ -286,3 +286,65 @@ def test_importance_weighted_bound_rises_to_the_exact_value(batch, linear_gaussi
             elbo = RenyiELBO(alpha=0, num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
             bounds.append(-sum(elbo.loss(model, guide, full) for _ in range(repeats)) / repeats)
     assert bounds[0] < bounds[1] < bounds[2] < exact + 0.5
+
+
+# ---------------------------------------------------------------- several particles
+
+
+def test_several_particles_are_stocks_importance_weighted_bound(batch, linear_gaussian):
+    """On all cells; a subsample is scaled after its weights are averaged, where stock scales them before."""
+    model, guide = (cls(6, 3) for cls in linear_gaussian)
+    given = batch._replace(n_total=12, index_n=torch.arange(12))
+    elbo = RenyiELBO(alpha=0, num_particles=5, vectorize_particles=True, max_plate_nesting=1)
+    modules, found = torch.nn.ModuleList([model, guide]), []
+    for ours in (True, False):
+        torch.manual_seed(4)
+        modules.zero_grad(set_to_none=True)
+        if ours:
+            terms = elbo_terms(model, guide, given, n_particles=5)
+            assert terms.keys() == {"cells"}
+            terms["cells"].backward()
+            value = float(terms["cells"].detach())
+        else:
+            value = -elbo.loss_and_grads(model, guide, given)
+            for p in modules.parameters():
+                p.grad.neg_()
+        found.append((value, [p.grad for p in modules.parameters()]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        scaled = elbo_terms(model, guide, given._replace(n_total=60), n_particles=5)["cells"]
+    assert float(scaled) == pytest.approx(5 * found[0][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("gates", ["posterior", "open", "closed"])
+def test_more_particles_come_closer_and_leave_the_global_terms(build, batch, gates):
+    model, guide = build(gates=gates)
+    bounds = {}
+    with torch.no_grad():
+        for particles in (1, 4, 64):
+            torch.manual_seed(0)
+            draws = [elbo_terms(model, guide, batch, n_particles=particles) for _ in range(40)]
+            bounds[particles] = sum(sum(t.values()) for t in draws) / 40
+    assert bounds[1] < bounds[4] < bounds[64]
+    globals_ = {"gate", "shift", "edge_rate", "min_effect"} & set(elbo_terms(model, guide, batch))
+    assert draws[0].keys() == {*globals_, "cells"}
+
+
+def test_a_penalty_counts_as_its_mean(batch, linear_gaussian):
+    guide = linear_gaussian[1](6, 3, n_latents=3)
+
+    def penalised(given):
+        with pyro.plate("cells", given.n_total, subsample=given.index_n):
+            z_nk = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.factor("penalty", -(z_nk**2).sum(-1))
+
+    with torch.no_grad():
+        q_z = poutine.trace(guide).get_trace(batch).nodes["z"]["fn"]
+        torch.manual_seed(2)
+        terms = elbo_terms(penalised, guide, batch, n_particles=7)
+        torch.manual_seed(2)
+        z_snk = q_z.expand((7, 12)).rsample()
+    assert float(terms["penalty"]) == pytest.approx(float(-5 * (z_snk**2).sum(-1).mean(0).sum()), rel=1e-5)

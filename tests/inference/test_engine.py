@@ -171,3 +171,12 @@ def test_compiled_training_is_the_eager_training(tiny_screen, quick):
     assert found.to_numpy() == pytest.approx(expected.to_numpy(), rel=1e-3)
     again = fit("sparse-shift", None, tiny_screen, compile=True, **settings)
     assert again.history["train_loss"].tolist() == found.tolist()
+
+
+def test_several_particles_are_recorded_too(build, batch):
+    pair = _pair(*build())
+    first, later = _batches(batch, 2)
+    with pyro.validation_enabled(False):
+        step = TracedStep(pair, first, {"gate": 0.5}, n_particles=3)
+        assert step.difference(later, {"gate": 0.25}) < 1e-5
+        assert "cells" in step(later, {"gate": 1.0})

@@ -451,3 +451,48 @@ def test_fit_on_a_gpu(tiny_screen, quick, tmp_path):
     )
     assert again.device.type == "cuda"
     assert Fit.load(tmp_path / "run").device.type == "cpu"
+
+
+# ---------------------------------------------------------------- several particles
+
+
+def test_particles_refine_a_fit(tiny_screen, quick):
+    first = fit(MODEL, None, tiny_screen, **quick | {"epochs": 15})
+    again = fit(first.model, first.guide, tiny_screen, particles=4, **_training_only(quick))
+    assert "term_cells" in again.history and "term_z" not in again.history
+    assert again.history["validation_loss"].min() < first.history["validation_loss"].min()
+
+
+def _training_only(settings: dict) -> dict:
+    return {k: v for k, v in settings.items() if k not in ("n_latents", "n_hidden")}
+
+
+def test_particles_are_checked(tiny_screen, quick):
+    with pytest.raises(TrainingError, match="found 0"):
+        fit(MODEL, None, tiny_screen, particles=0, **quick)
+    with pytest.raises(TrainingError, match="own there"):
+        fit(MODEL, None, tiny_screen, particles=2, elbo=RenyiELBO(num_particles=2), **quick)
+    with pytest.raises(TrainingError, match=r"'z'.*particles=1"):
+        fit(MODEL, None, tiny_screen, particles=2, warmup={"z": 2}, **quick)
+
+
+class GenesInAPlate(PyroModule):
+    """Normalised values with a plate where an event dimension would do."""
+
+    def __init__(self, n_genes: int):
+        super().__init__()
+        self.needs, self.n_genes = {"normalised"}, n_genes
+
+    def forward(self, batch):
+        with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
+            z_nk = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            with pyro.plate("genes", self.n_genes, dim=-2):
+                pyro.sample("x", dist.Normal(z_nk.sum(-1), 1.0), obs=batch.x_ng.T)
+
+
+def test_particles_need_the_cells_plate_alone(gaussian_screen, linear_gaussian, quick):
+    settings = _training_only(quick)
+    guide = linear_gaussian[1]
+    fit(GenesInAPlate, guide, gaussian_screen, **settings)
+    with pytest.raises(TrainingError, match=r"\['x'\].*to_event"):
+        fit(GenesInAPlate, guide, gaussian_screen, particles=5, **settings)
