@@ -72,7 +72,8 @@ class Pair:
 def build_pair(model: Source, guide: Source | None, dims: Dims, settings: Mapping[str, Any]) -> Pair:
     """Build a model and a guide for a screen of these sizes.
 
-    Each setting goes to whichever of the two has an argument of that name, or to both.
+    Each setting goes to whichever of the two has an argument of that name, or to both;
+    ``"model.norm"`` and ``"guide.norm"`` go to one.
 
     Args:
         model: Name of a model of this package, ``"file.py:Class"``, a class, or an instance.
@@ -87,23 +88,28 @@ def build_pair(model: Source, guide: Source | None, dims: Dims, settings: Mappin
         guide = _matching_guide(model)
     model_class, model_source = find_class(model, "models")
     guide_class, guide_source = find_class(guide, "guides")
-    known = _arguments(model_class) | _arguments(guide_class)
+    arguments = {"model": _arguments(model_class), "guide": _arguments(guide_class)}
+    known = (arguments["model"] | arguments["guide"]) - set(Dims._fields)
     for name in settings:
-        if name not in known - set(Dims._fields):
+        kind, dot, argument = name.partition(".")
+        if name not in known and not (dot and argument in known & arguments.get(kind, set())):
             near = difflib.get_close_matches(name, sorted(known), 3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"they take {sorted(known)}"
             raise PairError(
                 f"neither {model_class.__name__} nor {guide_class.__name__} has a setting {name!r}; {hint}"
             )
     built: list[tuple[nn.Module, dict[str, Any] | None]] = []
-    for source, cls in ((model, model_class), (guide, guide_class)):
+    for kind, source, cls in (("model", model, model_class), ("guide", guide, guide_class)):
         if isinstance(source, nn.Module):
             built.append((source, None))
             continue
-        available = {**dims._asdict(), **settings}
-        arguments = {name: value for name, value in available.items() if name in _arguments(cls)}
+        own = {
+            name.removeprefix(f"{kind}."): v for name, v in settings.items() if name.startswith(f"{kind}.")
+        }
+        available = {**dims._asdict(), **settings, **own}
+        given = {name: value for name, value in available.items() if name in arguments[kind]}
         try:
-            built.append((cls(**arguments), arguments))
+            built.append((cls(**given), given))
         except (TypeError, ValueError, RuntimeError) as error:  # torch refuses sizes with RuntimeError
             raise PairError(f"{cls.__name__} could not be built: {error}") from error
     (model_module, model_settings), (guide_module, guide_settings) = built

@@ -1,12 +1,13 @@
 """``fit``: train a pair by stochastic variational inference."""
 
+import copy
 import math
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -84,7 +85,7 @@ class Progress:
 
 
 def fit(
-    model: Source,
+    model: Source | Fit,
     guide: Source | None,
     screen: Screen,
     *,
@@ -121,10 +122,12 @@ def fit(
     the best weights. With a given number of epochs the learning rate falls linearly instead.
 
     Args:
-        model: Name (``"sparse-shift"``), ``"file.py:Class"``, class, or instance.
+        model: Name (``"sparse-shift"``), ``"file.py:Class"``, class, or instance. Or a fit: a copy of its
+            pair is trained further, on its split, and keeps its BatchNorm statistics.
         guide: Likewise; None takes the guide of the model's name.
         screen: The cells.
-        split: Which cells train and validate; by default a tenth of each condition validates.
+        split: Which cells train and validate; by default a tenth of each condition validates, or those of
+            the fit that is trained further.
         epochs: Train this many epochs, whatever the validation ELBO says (the best weights are kept).
             None trains until the validation ELBO stops improving, ``max_epochs`` at most.
         max_epochs: Upper limit when ``epochs`` is None.
@@ -143,7 +146,7 @@ def fit(
         elbo: Any Pyro ELBO (``TraceEnum_ELBO()``, ``RenyiELBO()``, ...) in place of the default engine.
         particles: Draws of each cell's latents in a step. With more than one the bound is the
             importance-weighted one, closer to the likelihood; a step takes about as many times the decoder.
-            To refine a fit, pass its ``model`` and ``guide`` again, with ``warm_start=0``.
+            ``fit(first, None, screen, particles=8)`` refines a fit.
         compile: Record and compile the training step: about twice as fast, after some 20 seconds beside the
             first steps. None does so where training is long enough to repay it; True at once, False never.
             A pair that cannot be recorded trains without it, and a warning says why.
@@ -154,7 +157,8 @@ def fit(
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ...
         threads: CPU threads of torch while training; one is fastest for small nets. None leaves them.
         progress: Show a progress bar.
-        **settings: Arguments of the model's and guide's constructors, such as ``n_latents=10``.
+        **settings: Arguments of the model's and guide's constructors, such as ``n_latents=10``; those of one
+            alone as ``**{"model.norm": "none"}``.
 
     Returns:
         The fit, in evaluation mode, with the weights of the best epoch.
@@ -170,9 +174,14 @@ def fit(
             f"particles= is a number of draws for the default bound, found {particles}; set elbo='s own there"
         )
     _seed_all(seed)
-    split = random_cells(screen, seed=seed) if split is None else split
-    dims = screen.dims(split.train)
-    pair = build_pair(model, guide, dims, settings)
+    if isinstance(model, Fit):
+        pair = _taken_over(model, guide, screen, settings)
+        split, warm_start = split or _split_of(model, screen), warm_start or 0
+        dims = screen.dims(split.train)
+    else:
+        split = split or random_cells(screen, seed=seed)
+        dims = screen.dims(split.train)
+        pair = build_pair(model, guide, dims, settings)
     _check_needs(pair.model, screen)
     training = Training(
         epochs=epochs,
@@ -193,7 +202,9 @@ def fit(
         memory_budget_gb=memory_budget_gb,
     )
     with _threads(threads):
-        trainer = Trainer(pair, dims, screen, split, training, seed, pick_device(device), elbo, out)
+        trainer = Trainer(
+            pair, dims, screen, split, training, seed, pick_device(device), elbo, out, isinstance(model, Fit)
+        )
         if resume:
             trainer.resume()
         trainer.run(progress)
@@ -214,13 +225,15 @@ class Trainer:
         device: torch.device,
         elbo: ELBO | None,
         out: str | Path | None,
+        further: bool = False,
     ):
+        self.further = further
         self.pair, self.dims, self.screen, self.split = pair, dims, screen, split
         self.training, self.seed, self.device = training, seed, device
         self.out = None if out is None else Path(out)
         for module in (pair.model, pair.guide):
             module.to(device)
-        pair.train(True)  # an instance may come from a fit, and a guide may draw otherwise in evaluation
+        self._training_mode()  # an instance may be in evaluation mode, where its guide may draw otherwise
         memory = training.memory_budget_gb
         self.batches = Minibatches(
             screen, split.train, training.batch_size, seed=seed, device=device, memory_budget_gb=memory
@@ -288,7 +301,7 @@ class Trainer:
 
     def _train_epoch(self) -> dict[str, float]:
         """One pass over the training cells; returns each term in nats per cell."""
-        self.pair.train(True)
+        self._training_mode()
         names: list[str] = []
         kept: list[Tensor] = []
         checked = 0
@@ -311,6 +324,13 @@ class Trainer:
         self._check_parameters()
         means = torch.stack(kept).mean(0).tolist()
         return dict(zip(names, means, strict=True))
+
+    def _training_mode(self) -> None:
+        """Training further, BatchNorm keeps its statistics: their noise limits how well a decoder fits."""
+        self.pair.train(True)
+        for module in (*self.pair.model.modules(), *self.pair.guide.modules()):
+            if self.further and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
     def _gradients(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """Gradients of the loss in nats per cell; returns the terms."""
@@ -563,6 +583,29 @@ def pick_device(device: str) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise TrainingError(f"device {device!r} cannot be used here: {error}; pass device='auto'") from error
+
+
+def _taken_over(first: Fit, guide: Source | None, screen: Screen, settings: Mapping[str, Any]) -> Pair:
+    """A copy of a fit's pair, to be trained further."""
+    if guide is not None or settings:
+        raise PairError(
+            f"a fit brings its guide and its settings; leave out guide= and {sorted(settings)}, or pass the "
+            "model's name to begin anew"
+        )
+    spec = screen.describe()
+    for name in ("genes", "targets", "batch_names"):
+        if getattr(spec, name) != getattr(first.screen, name):
+            raise PairError(
+                f"the screen's {name} differ from those that the fit was trained on; open it by "
+                "Screen.from_spec(fit.screen, adata)"
+            )
+    return replace(first.pair, model=copy.deepcopy(first.model), guide=copy.deepcopy(first.guide))
+
+
+def _split_of(first: Fit, screen: Screen) -> Split:
+    if first.split.train.max(initial=0) >= screen.n_cells:
+        raise PairError(f"the fit's split has more cells than the screen's {screen.n_cells}; pass split=")
+    return first.split
 
 
 def _check_needs(model: nn.Module, screen: Screen) -> None:

@@ -456,13 +456,6 @@ def test_fit_on_a_gpu(tiny_screen, quick, tmp_path):
 # ---------------------------------------------------------------- several particles
 
 
-def test_particles_refine_a_fit(tiny_screen, quick):
-    first = fit(MODEL, None, tiny_screen, **quick | {"epochs": 15})
-    again = fit(first.model, first.guide, tiny_screen, particles=4, **_training_only(quick))
-    assert "term_cells" in again.history and "term_z" not in again.history
-    assert again.history["validation_loss"].min() < first.history["validation_loss"].min()
-
-
 def _training_only(settings: dict) -> dict:
     return {k: v for k, v in settings.items() if k not in ("n_latents", "n_hidden")}
 
@@ -496,3 +489,43 @@ def test_particles_need_the_cells_plate_alone(gaussian_screen, linear_gaussian, 
     fit(GenesInAPlate, guide, gaussian_screen, **settings)
     with pytest.raises(TrainingError, match=r"\['x'\].*to_event"):
         fit(GenesInAPlate, guide, gaussian_screen, particles=5, **settings)
+
+
+# ---------------------------------------------------------------- training further
+
+
+def test_a_fit_can_be_trained_further(tiny_screen, quick, tmp_path):
+    first = fit(MODEL, None, tiny_screen, **quick | {"epochs": 15})
+    before = {k: v.clone() for k, v in first.model.state_dict().items()}
+    again = fit(first, None, tiny_screen, particles=4, out=tmp_path / "run", **_training_only(quick))
+    assert "term_cells" in again.history and "term_z" not in again.history
+    assert again.history["validation_loss"].min() < first.history["validation_loss"].min()
+    assert np.array_equal(again.split.train, first.split.train)
+    assert all(torch.equal(before[k], v) for k, v in first.model.state_dict().items())
+    kept = {k: v for k, v in again.model.state_dict().items() if "running" in k}
+    assert kept and all(torch.equal(before[k], v) for k, v in kept.items())
+    assert _same(again, Fit.load(tmp_path / "run"))  # it knows where its classes are
+
+
+def test_training_further_needs_the_same_screen(tiny_screen, tiny_adata, quick):
+    first = fit(MODEL, None, tiny_screen, **quick)
+    further = _training_only(quick)
+    with pytest.raises(PairError, match="leave out.*n_latents"):
+        fit(first, None, tiny_screen, n_latents=4, **further)
+    with pytest.raises(PairError, match="genes differ.*from_spec"):
+        fit(first, None, Screen(tiny_adata[:, :-1].copy()), **further)
+    with pytest.raises(PairError, match="pass split="):
+        fit(first, None, Screen(tiny_adata[:350].copy(), batch="batch"), **further)
+
+
+# ---------------------------------------------------------------- settings of one of the two
+
+
+def test_settings_of_the_model_or_the_guide_alone(tiny_screen, quick):
+    f = fit(MODEL, None, tiny_screen, n_layers=1, **{"model.n_layers": 3}, **quick | {"epochs": 1})
+    assert (
+        f.settings["model"]["settings"]["n_layers"] == 3 and f.settings["guide"]["settings"]["n_layers"] == 1
+    )
+    for name in ("model.n_layer", "guide.likelihod", "modell.n_layers", "model.n_genes"):
+        with pytest.raises(PairError, match=f"has a setting '{name}'"):
+            fit(MODEL, None, tiny_screen, **{name: 3}, **quick)
