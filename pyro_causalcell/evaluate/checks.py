@@ -1,35 +1,46 @@
-"""Posterior predictive checks: statistics of counts, and where the observed value falls among replicates.
+"""Predictive checks: statistics of cells, and where the observed value falls among replicates.
 
-:func:`posterior_predictive_checks` draws the replicates from a fit; the others take plain arrays.
+:func:`posterior_predictive_checks` and :func:`prior_predictive_checks` draw the replicates from a fit;
+:func:`check` takes plain arrays.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from numpy.typing import NDArray
 
 from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import DataError
+from pyro_causalcell.evaluate.draws import Source, draw_globals, replicates
+from pyro_causalcell.evaluate.idata import container
 from pyro_causalcell.inference import Fit
-from pyro_causalcell.predict import replicate
 
 __all__ = [
+    "STATISTICS",
+    "PredictiveChecks",
     "check",
-    "check_gene_means",
-    "gene_means",
     "mean_variance",
     "posterior_predictive_checks",
+    "prior_predictive_checks",
     "total_counts",
     "zero_fraction",
 ]
 
 Floats = NDArray[np.float64]
+Function = Callable[[NDArray[Any]], Any]
+Statistic = str | Function
+"""A name in :data:`STATISTICS`, or a function of cells [n, g] that returns a number or one for each gene."""
+
+
+# ---------------------------------------------------------------------- statistics
 
 
 def total_counts(x_ng: NDArray[Any]) -> Floats:
-    """Total count of each cell, [n]."""
+    """Total of each cell, [n]."""
     total_n: Floats = np.asarray(x_ng).sum(1, dtype=np.float64)
     return total_n
 
@@ -47,8 +58,8 @@ def mean_variance(x_ng: NDArray[Any]) -> dict[str, float]:
 
     Returns:
         ``slope`` of log variance on log mean over genes (1 for Poisson counts), and ``dispersion``, the
-        median over genes of (variance - mean) / mean**2 (0 for Poisson counts). Genes that do not vary are
-        left out; both are NaN with fewer than two cells or two such genes.
+        median over genes of (variance - mean) / mean**2 (0 for Poisson counts). Genes that do not vary, or
+        whose mean is not positive, are left out; both are NaN with fewer than two cells or two such genes.
     """
     x_ng = np.asarray(x_ng, dtype=np.float64)
     if len(x_ng) < 2:
@@ -66,15 +77,43 @@ def mean_variance(x_ng: NDArray[Any]) -> dict[str, float]:
     }
 
 
-def gene_means(x_ng: NDArray[Any], condition_n: NDArray[Any], conditions: NDArray[Any]) -> Floats:
-    """Mean count of each gene in each of the conditions, [len(conditions), genes].
+def correlation(x_ng: NDArray[Any]) -> float:
+    """Root mean square correlation of pairs of genes; NaN with fewer than two cells or two varying genes."""
+    x_ng = np.asarray(x_ng, dtype=np.float64)
+    centred_ng = x_ng - x_ng.mean(0)
+    size_g = np.sqrt((centred_ng**2).sum(0))
+    unit_ng = centred_ng[:, size_g > 0] / size_g[size_g > 0]
+    n_genes = unit_ng.shape[1]
+    if n_genes < 2:
+        return float("nan")
+    square_gg = (unit_ng.T @ unit_ng) ** 2
+    return float(np.sqrt((square_gg.sum() - n_genes) / (n_genes * (n_genes - 1))))
 
-    Args:
-        x_ng: counts, [cells, genes].
-        condition_n: condition number of each cell.
-        conditions: condition numbers to report; each needs a cell.
-    """
-    return np.stack([np.asarray(x_ng)[condition_n == c].mean(0, dtype=np.float64) for c in conditions])
+
+STATISTICS: Mapping[str, Function] = {
+    "total_mean": lambda x_ng: total_counts(x_ng).mean(),
+    "total_sd": lambda x_ng: total_counts(x_ng).std(),
+    "zero_fraction": zero_fraction,
+    "mean_variance_slope": lambda x_ng: mean_variance(x_ng)["slope"],
+    "dispersion": lambda x_ng: mean_variance(x_ng)["dispersion"],
+    "correlation": correlation,
+    "maximum": lambda x_ng: np.max(x_ng),
+    "gene_mean": lambda x_ng: np.mean(x_ng, 0, dtype=np.float64),
+    "gene_sd": lambda x_ng: np.std(x_ng, 0, dtype=np.float64),
+    "gene_zero_fraction": lambda x_ng: np.mean(np.asarray(x_ng) == 0, 0),
+}
+"""Built-in statistics of cells [n, g]: totals of cells (``total_mean``, ``total_sd``), ``zero_fraction`` of
+all entries, ``mean_variance_slope`` and ``dispersion`` (see :func:`mean_variance`), ``correlation`` (root
+mean square over pairs of genes), ``maximum``; one value for each gene: ``gene_mean``, ``gene_sd``,
+``gene_zero_fraction``."""
+
+OF_COUNTS = ("total_mean", "total_sd", "zero_fraction", "mean_variance_slope", "dispersion")
+OF_NORMALISED = ("total_mean", "total_sd", "correlation", "maximum")
+TAKEN_DIMS = ("chain", "draw", "gene")
+"""Dimensions of the results; an obs column of such a name gives a dimension ``obs_<name>``."""
+
+
+# ---------------------------------------------------------------------- on arrays
 
 
 def check(
@@ -83,174 +122,314 @@ def check(
     condition_n: NDArray[Any],
     condition_names: Sequence[str],
     *,
+    statistic: Statistic | Sequence[Statistic] = OF_COUNTS,
+    gene_names: Sequence[str] | None = None,
     interval: float = 0.9,
 ) -> pd.DataFrame:
-    """Compares statistics of the observed counts with those of replicated data sets, condition by condition.
-
-    Statistics: ``total_mean`` and ``total_sd`` (total count of a cell), ``zero_fraction``,
-    ``mean_variance_slope`` and ``dispersion`` (see :func:`mean_variance`).
+    """Compares statistics of the observed cells with those of replicated data sets, condition by condition.
 
     Args:
-        observed_ng: observed counts, [cells, genes].
-        replicated_sng: replicated counts of the same cells: an array [replicates, cells, genes], or anything
+        observed_ng: observed values, [cells, genes].
+        replicated_sng: replicated values of the same cells: an array [replicates, cells, genes], or anything
             that yields one replicate [cells, genes] at a time, so that they need not all be in memory.
         condition_n: condition number of each cell.
         condition_names: name of each condition number. Conditions without cells get no rows.
+        statistic: one or several of :data:`STATISTICS`, or functions of cells [n, g] that return a number,
+            or one for each gene.
+        gene_names: name of each gene, for statistics with one value for each; their numbers if left out.
         interval: mass of the central interval of the replicates.
 
     Returns:
-        One row per condition and statistic: condition, statistic, n_cells, observed, replicate_mean, low,
-        high, p_value. The p-value is the fraction of replicates above the observed value, ties counted half:
-        values near 0 and near 1 both speak against the model. It is NaN where the statistic is undefined.
+        One row per condition and statistic (and gene): condition, statistic, n_cells, (gene,) observed,
+        replicate_mean, low, high, p_value. The p-value is the fraction of replicates above the observed
+        value, ties counted half: values near 0 and near 1 both speak against the model. It is NaN where the
+        statistic is undefined.
 
     Raises:
-        DataError: if shapes do not agree, a condition number has no name, or there is no replicate.
+        DataError: if shapes do not agree, a condition number has no name, there is no replicate, or a
+            statistic is unknown or returns something else.
 
     Source: Gelman, Meng and Stern, Posterior predictive assessment of model fitness, 1996.
     """
-    condition_n = _checked_conditions(observed_ng, condition_n, condition_names)
-    present = np.unique(condition_n)
-
-    def statistics(x_ng: NDArray[Any]) -> Floats:
-        x_ng = np.asarray(x_ng)
-        return np.array([list(_summary(x_ng[condition_n == c]).values()) for c in present])
-
-    observed_ct = statistics(observed_ng)
-    replicated_sct = _replicates(replicated_sng, np.shape(observed_ng), statistics)
-    names = list(_summary(np.asarray(observed_ng)[:1]))
-    n_cells = [int((condition_n == c).sum()) for c in present]
-    labels = pd.DataFrame(
-        [(condition_names[c], name, n) for c, n in zip(present, n_cells, strict=True) for name in names],
-        columns=["condition", "statistic", "n_cells"],
+    compared = _compare(
+        observed_ng, replicated_sng, condition_n, condition_names, statistic, gene_names, "condition"
     )
-    return _table(labels, observed_ct, replicated_sct, interval)
+    return compared.table(interval)
 
 
-def check_gene_means(
+@dataclass(frozen=True)
+class PredictiveChecks:
+    """Statistics of observed cells beside those of replicates.
+
+    Attributes:
+        observed: Each statistic over the groups (and genes).
+        replicated: The same with ``chain`` and ``draw`` in front: one draw for each replicate.
+        source: ``"posterior"`` or ``"prior"``: where the replicates come from.
+    """
+
+    observed: xr.Dataset
+    replicated: xr.Dataset
+    source: Source
+
+    @property
+    def by(self) -> str:
+        """What the groups are: the name of their dimension."""
+        return str(self.observed["n_cells"].dims[0])
+
+    def table(self, interval: float = 0.9) -> pd.DataFrame:
+        """One row per group and statistic (and gene), as :func:`check` returns.
+
+        Args:
+            interval: Mass of the central interval of the replicates.
+
+        Raises:
+            DataError: The interval is not between 0 and 1.
+        """
+        if not 0 < interval < 1:
+            raise DataError(f"expected interval between 0 and 1, found {interval}; 0.9 is the usual one")
+        blocks = [self._block(str(name), interval) for name in self.replicated]
+        table = pd.concat(blocks, ignore_index=True)
+        order = {group: i for i, group in enumerate(self.observed[self.by].values)}
+        return table.sort_values(self.by, key=lambda c: c.map(order), kind="stable", ignore_index=True)
+
+    def _block(self, name: str, interval: float) -> pd.DataFrame:
+        """Rows of one statistic: observed value, replicates' mean and interval, p-value."""
+        observed = self.observed[name]
+        replicated_s = self.replicated[name].values[0]
+        low, high = np.quantile(replicated_s, [(1 - interval) / 2, (1 + interval) / 2], axis=0)
+        above = (replicated_s > observed.values).mean(0) + (replicated_s == observed.values).mean(0) / 2
+        undefined = np.isnan(observed.values) | np.isnan(replicated_s).any(0)
+        columns = {
+            "observed": observed.values,
+            "replicate_mean": replicated_s.mean(0),
+            "low": low,
+            "high": high,
+            "p_value": np.where(undefined, np.nan, above),
+        }
+        labels = pd.DataFrame(index=observed.to_series().index).reset_index()
+        labels.insert(1, "statistic", name)
+        labels.insert(2, "n_cells", labels[self.by].map(self.observed["n_cells"].to_series()))
+        return labels.assign(**{key: np.ravel(value) for key, value in columns.items()})
+
+    def to_inference_data(self) -> Any:
+        """The statistics as ArviZ groups: ``observed_data`` and ``posterior_predictive`` (or prior)."""
+        observed = self.observed.drop_vars("n_cells")
+        return container({f"{self.source}_predictive": self.replicated, "observed_data": observed})
+
+
+def _compare(
     observed_ng: NDArray[Any],
     replicated_sng: Iterable[NDArray[Any]],
-    condition_n: NDArray[Any],
-    condition_names: Sequence[str],
-    gene_names: Sequence[str],
-    *,
-    interval: float = 0.9,
-) -> pd.DataFrame:
-    """Compares the mean count of every gene in every condition with replicated data sets.
-
-    Args:
-        observed_ng: observed counts, [cells, genes].
-        replicated_sng: replicated counts, as for :func:`check`.
-        condition_n: condition number of each cell.
-        condition_names: name of each condition number. Conditions without cells get no rows.
-        gene_names: name of each gene.
-        interval: mass of the central interval of the replicates.
-
-    Returns:
-        One row per condition and gene: condition, gene, observed, replicate_mean, low, high, p_value (as for
-        :func:`check`).
-
-    Raises:
-        DataError: if shapes do not agree, a condition number has no name, or there is no replicate.
-    """
-    condition_n = _checked_conditions(observed_ng, condition_n, condition_names)
-    if len(gene_names) != np.shape(observed_ng)[1]:
+    group_n: NDArray[Any],
+    group_names: Sequence[str],
+    statistic: Statistic | Sequence[Statistic],
+    gene_names: Sequence[str] | None,
+    by: str,
+    source: Source = "posterior",
+) -> PredictiveChecks:
+    group_n = _checked_groups(observed_ng, group_n, group_names, by)
+    n_genes = np.shape(observed_ng)[1]
+    genes = list(range(n_genes)) if gene_names is None else list(gene_names)
+    if len(genes) != n_genes:
         raise DataError(
-            f"expected one name per gene, found {len(gene_names)} names for "
-            f"{np.shape(observed_ng)[1]} genes. Pass the names of the columns."
+            f"expected one name per gene, found {len(genes)} names for {n_genes} genes. Pass the names of "
+            "the columns."
         )
-    present = np.unique(condition_n)
-    observed_cg = gene_means(observed_ng, condition_n, present)
-    replicated_scg = _replicates(
-        replicated_sng, np.shape(observed_ng), lambda x_ng: gene_means(x_ng, condition_n, present)
-    )
-    labels = pd.DataFrame(
-        {
-            "condition": np.repeat(np.asarray(condition_names, dtype=object)[present], len(gene_names)),
-            "gene": np.tile(np.asarray(gene_names, dtype=object), len(present)),
+    functions = _functions(statistic)
+    present, place_n = np.unique(group_n, return_inverse=True)
+    members = [np.flatnonzero(place_n == c) for c in range(len(present))]
+
+    def values(x_ng: NDArray[Any]) -> dict[str, Floats]:
+        x_ng = np.asarray(x_ng)
+        return {
+            name: np.stack([_value(name, function, x_ng[mine]) for mine in members])
+            for name, function in functions.items()
         }
-    )
-    return _table(labels, observed_cg, replicated_scg, interval)
 
-
-def _summary(x_ng: NDArray[Any]) -> dict[str, float]:
-    total_n = total_counts(x_ng)
-    shape = mean_variance(x_ng)
-    return {
-        "total_mean": float(total_n.mean()),
-        "total_sd": float(total_n.std()),
-        "zero_fraction": zero_fraction(x_ng),
-        "mean_variance_slope": shape["slope"],
-        "dispersion": shape["dispersion"],
-    }
-
-
-def _checked_conditions(
-    observed_ng: NDArray[Any], condition_n: NDArray[Any], condition_names: Sequence[str]
-) -> NDArray[np.int64]:
-    condition_n = np.asarray(condition_n)
-    if np.ndim(observed_ng) != 2 or condition_n.shape != np.shape(observed_ng)[:1] or not condition_n.size:
-        raise DataError(
-            f"expected counts [cells, genes] and one condition per cell, found shapes "
-            f"{np.shape(observed_ng)} and {condition_n.shape}. Pass the same cells in both."
-        )
-    if condition_n.min() < 0 or condition_n.max() >= len(condition_names):
-        raise DataError(
-            f"expected condition numbers from 0 to {len(condition_names) - 1}, found {condition_n.min()} to "
-            f"{condition_n.max()}. Leave out cells of unknown conditions."
-        )
-    return condition_n.astype(np.int64)
-
-
-def _replicates(replicated_sng: Iterable[NDArray[Any]], shape: tuple[int, ...], statistics: Any) -> Floats:
-    """Statistics of each replicate, [s, c, statistics]."""
-    values = []
+    observed = values(observed_ng)
+    replicated: dict[str, list[Floats]] = {name: [] for name in functions}
     for x_ng in replicated_sng:
-        if np.shape(x_ng) != shape:
+        if np.shape(x_ng) != np.shape(observed_ng):
             raise DataError(
-                f"expected replicates of shape {shape}, found {np.shape(x_ng)}. Replicate the same cells."
+                f"expected replicates of shape {np.shape(observed_ng)}, found {np.shape(x_ng)}. Replicate "
+                "the same cells."
             )
-        values.append(statistics(x_ng))
-    if not values:
+        for name, value in values(x_ng).items():
+            replicated[name].append(value)
+    if not next(iter(replicated.values())):
         raise DataError("expected at least one replicate, found none. Draw replicates from the fit.")
-    return np.stack(values)
-
-
-def _table(
-    labels: pd.DataFrame, observed_ct: Floats, replicated_sct: Floats, interval: float
-) -> pd.DataFrame:
-    """Labels beside the observed value, the replicates' mean and interval, and the p-value."""
-    observed = observed_ct.ravel()
-    replicated = replicated_sct.reshape(len(replicated_sct), -1)
-    above = (replicated > observed).mean(0) + (replicated == observed).mean(0) / 2
-    undefined = np.isnan(observed) | np.isnan(replicated).any(0)
-    low, high = np.quantile(replicated, [(1 - interval) / 2, (1 + interval) / 2], axis=0)
-    return labels.assign(
-        observed=observed,
-        replicate_mean=replicated.mean(0),
-        low=low,
-        high=high,
-        p_value=np.where(undefined, np.nan, above),
+    dims = {name: [by, "gene"][: value.ndim] for name, value in observed.items()}
+    coords: dict[str, Any] = {by: [group_names[c] for c in present]}
+    if any(len(d) == 2 for d in dims.values()):
+        coords["gene"] = genes
+    stacked = {name: np.stack(value)[None] for name, value in replicated.items()}
+    used = {name: (["chain", "draw", *dims[name]], value) for name, value in stacked.items()}
+    n_draws = len(next(iter(replicated.values())))
+    sizes = ([by], [len(mine) for mine in members])
+    return PredictiveChecks(
+        xr.Dataset({n: (dims[n], v) for n, v in observed.items()} | {"n_cells": sizes}, coords),
+        xr.Dataset(used, {"chain": [0], "draw": np.arange(n_draws), **coords}),
+        source,
     )
+
+
+def _functions(statistic: Statistic | Sequence[Statistic]) -> dict[str, Function]:
+    chosen = [statistic] if isinstance(statistic, str) or callable(statistic) else list(statistic)
+    if not chosen:
+        raise DataError(f"expected a statistic, found none; known are {', '.join(STATISTICS)}")
+    functions: dict[str, Function] = {}
+    for one in chosen:
+        if isinstance(one, str) and one not in STATISTICS:
+            raise DataError(
+                f"unknown statistic {one!r}; known are {', '.join(STATISTICS)}, or pass a function of cells"
+            )
+        name = one if isinstance(one, str) else one.__name__
+        if name in functions or name == "n_cells":
+            raise DataError(f"expected statistics of different names, found {name!r} twice; rename one")
+        functions[name] = STATISTICS[one] if isinstance(one, str) else one
+    return functions
+
+
+def _value(name: str, function: Function, x_ng: NDArray[Any]) -> Floats:
+    value = np.asarray(function(x_ng), dtype=np.float64)
+    if value.shape not in ((), x_ng.shape[1:]):
+        raise DataError(
+            f"expected statistic {name!r} to return a number or one for each of {x_ng.shape[1]} genes, found "
+            f"shape {value.shape}; reduce over the cells (axis 0)"
+        )
+    return value
+
+
+def _checked_groups(
+    observed_ng: NDArray[Any], group_n: NDArray[Any], group_names: Sequence[str], by: str
+) -> NDArray[np.int64]:
+    group_n = np.asarray(group_n)
+    if np.ndim(observed_ng) != 2 or group_n.shape != np.shape(observed_ng)[:1] or not group_n.size:
+        raise DataError(
+            f"expected values [cells, genes] and one {by} per cell, found shapes "
+            f"{np.shape(observed_ng)} and {group_n.shape}. Pass the same cells in both."
+        )
+    if group_n.min() < 0 or group_n.max() >= len(group_names):
+        raise DataError(
+            f"expected {by} numbers from 0 to {len(group_names) - 1}, found {group_n.min()} to "
+            f"{group_n.max()}. Leave out cells of unknown {by}."
+        )
+    return group_n.astype(np.int64)
+
+
+# ---------------------------------------------------------------------- of a fit
 
 
 def posterior_predictive_checks(
-    fit: Fit, screen: Screen, rows: NDArray[Any] | None = None, *, n_samples: int = 50, seed: int = 0
-) -> pd.DataFrame:
+    fit: Fit,
+    screen: Screen,
+    rows: NDArray[Any] | None = None,
+    *,
+    statistic: Statistic | Sequence[Statistic] | None = None,
+    by: str | None = "condition",
+    n_samples: int = 50,
+    seed: int = 0,
+) -> PredictiveChecks:
     """Compare measured cells with cells that the fit draws for the same conditions, libraries and batches.
 
     Args:
-        fit: the fit.
-        screen: the cells, through the fit's names (``Screen.from_spec(fit.screen, adata)``).
-        rows: which cells; None takes the validation cells.
-        n_samples: replicates, each with its own draw of the global latents.
-        seed: seed of the draws.
+        fit: The fit.
+        screen: The cells, through the fit's names (``Screen.from_spec(fit.screen, adata)``).
+        rows: Which cells; None takes the validation cells.
+        statistic: One or several of :data:`STATISTICS`, or functions of cells [n, g] that return a number or
+            one for each gene. None takes totals, zeros and dispersion of counts, or totals, correlation and
+            maximum of normalised values.
+        by: What groups the cells: ``"condition"``, ``"batch"`` or ``"time"`` of the screen, any column of
+            obs, or None for all cells together.
+        n_samples: Replicates, each with its own draw of the global latents.
+        seed: Seed of the draws.
 
     Returns:
-        What :func:`check` returns: one row per condition and statistic.
+        The statistics; ``.table()`` gives p-values and intervals, ``plot.predictive_statistics`` draws it,
+        ``.to_inference_data()`` gives it to ArviZ.
 
     Raises:
-        DataError: a condition has too few cells among the rows.
+        DataError: No such statistic or column, or the column has missing values.
+
+    Source: Gelman, Meng and Stern, Statistica Sinica 1996.
     """
+    return _predictive_checks(fit, screen, rows, statistic, by, n_samples, seed, "posterior")
+
+
+def prior_predictive_checks(
+    fit: Fit,
+    screen: Screen,
+    rows: NDArray[Any] | None = None,
+    *,
+    statistic: Statistic | Sequence[Statistic] | None = None,
+    by: str | None = "condition",
+    n_samples: int = 50,
+    seed: int = 0,
+) -> PredictiveChecks:
+    """The same with the model's prior in place of the posterior of the global latents.
+
+    Does the model allow data like these before it has seen which perturbation does what? What it learned as
+    parameters (decoder, dispersions) stays. Penalties (``pyro.factor``) do not enter: priors are drawn as
+    they are written.
+
+    Args:
+        fit: The fit.
+        screen: The cells.
+        rows: Which cells; None takes the validation cells.
+        statistic: As for :func:`posterior_predictive_checks`.
+        by: As there.
+        n_samples: Replicates, each with its own prior draw of the global latents.
+        seed: Seed of the draws.
+
+    Raises:
+        DataError: As there.
+
+    Source: Gabry et al., JRSS A 2019, section 3.
+    """
+    return _predictive_checks(fit, screen, rows, statistic, by, n_samples, seed, "prior")
+
+
+def _predictive_checks(
+    fit: Fit,
+    screen: Screen,
+    rows: NDArray[Any] | None,
+    statistic: Statistic | Sequence[Statistic] | None,
+    by: str | None,
+    n_samples: int,
+    seed: int,
+    source: Source,
+) -> PredictiveChecks:
     rows = fit.split.validation if rows is None else np.asarray(rows)
-    copies = (replicate(fit, screen, rows, 1, seed + s)[0] for s in range(n_samples))
-    return check(screen.x(rows), copies, screen.condition_n[rows], screen.conditions)
+    if statistic is None:
+        statistic = OF_COUNTS if screen.is_counts else OF_NORMALISED
+    group_n, names = _groups(screen, rows, by)
+    draws = draw_globals(fit, n_samples, seed, source)
+    copies = replicates(fit, screen, rows, draws, n_samples, seed)
+    dim = "group" if by is None else f"obs_{by}" if by in TAKEN_DIMS else by
+    return _compare(screen.x(rows), copies, group_n, names, statistic, screen.genes, dim, source)
+
+
+def _groups(screen: Screen, rows: NDArray[Any], by: str | None) -> tuple[NDArray[np.int64], list[str]]:
+    """Number of each cell's group, and the names of the groups."""
+    if by is None:
+        return np.zeros(len(rows), dtype=np.int64), ["all cells"]
+    if by == "condition":
+        return screen.condition_n[rows], list(screen.conditions)
+    spec = screen.describe()
+    columns = {"batch": spec.batch, "time": [spec.time] if spec.time else []}.get(by) or [by]
+    obs = screen.adata.obs
+    for column in columns:
+        if column not in obs:
+            raise DataError(
+                f"obs[{column!r}] not found; columns are {list(obs.columns)}. Pass by='condition', by=None "
+                "or one of them"
+            )
+        if missing := int(obs[column].iloc[rows].isna().sum()):
+            raise DataError(
+                f"expected a value in obs[{column!r}] for every cell, found {missing} missing of "
+                f"{len(rows)}; fill them, or leave those rows out"
+            )
+    chosen = obs[columns].iloc[rows]
+    group_n = chosen.groupby(columns, observed=True).ngroup().to_numpy(np.int64)
+    first = chosen.iloc[np.unique(group_n, return_index=True)[1]]
+    return group_n, [", ".join(map(str, row)) for row in first.itertuples(index=False)]

@@ -1,12 +1,13 @@
-"""Importance-weighted likelihood of held-out cells, with the diagnostics that say whether to trust it."""
+"""Importance-weighted likelihood of held-out cells, whether to trust it, and comparison of models by it."""
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import arviz as az
 import numpy as np
+import pandas as pd
 import pyro
 import torch
 import xarray as xr
@@ -20,11 +21,12 @@ from tqdm import tqdm
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.data import Minibatches, Screen
+from pyro_causalcell.errors import DataError
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.posterior import is_local, sample_sites
 from pyro_causalcell.predict import global_means
 
-__all__ = ["Proposal", "interventional_nll", "iw_nll"]
+__all__ = ["Proposal", "compare_likelihoods", "interventional_nll", "iw_nll"]
 
 Program = Callable[[Batch], object]
 
@@ -37,7 +39,26 @@ ROUND_PARTICLES = 500
 PRIOR_PARTICLES = 20.0
 """Effective particles at which old and new moments weigh the same."""
 PARTICLES_AT_ONCE = 250
-"""Particles of a cell that are evaluated together: enough to fill the vector units."""
+"""Particles of a cell that are drawn together."""
+VALUES_AT_ONCE = 1_000_000
+"""Particles × cells × genes that each thread of a processor evaluates at once: what stays in its cache."""
+BAD_SHARE = 0.01
+"""Share of cells with bad Pareto k above which a model is not ranked."""
+ADVICE = "use more particles, more rounds (n_rounds) for the proposal, or a better guide"
+COMPARISON = [
+    "rank",
+    "elpd",
+    "se",
+    "elpd_per_cell",
+    "elpd_diff",
+    "dse",
+    "dse_clusters",
+    "mc_se",
+    "bad_k",
+    "ranked",
+    "reason",
+]
+"""Columns of a comparison."""
 
 
 def iw_nll(
@@ -89,6 +110,122 @@ def iw_nll(
     return _dataset(screen, rows, np.concatenate(parts, 1), n_particles, seed)
 
 
+def compare_likelihoods(scores: Mapping[str, xr.Dataset]) -> pd.DataFrame:
+    """Which model gives unseen cells the higher likelihood, and how sure that is.
+
+    The table of ``arviz.compare``, for importance-weighted likelihoods. Cells share a perturbation, so the
+    standard error of a difference is given twice: over cells, and over perturbations as clusters; trust
+    the larger. A model whose importance weights are bad is not ranked, whatever its number: the estimate
+    may be off by more than the difference. It is bad if Pareto k is above min(1 − 1/log10 T, 0.7) in more
+    than one cell of a hundred, T being the particles, or if leaving those cells out would turn the order
+    round.
+
+    Args:
+        scores: Name of each model -> what :func:`iw_nll` or :func:`interventional_nll` gave, for the same
+            cells (their order is free).
+
+    Returns:
+        One row per model, best first, those that are not ranked last:
+
+        - ``rank``: 0 is best; missing where not ranked.
+        - ``elpd``, ``se``: sum of the cells' log-likelihoods in nats, and its standard error over cells.
+        - ``elpd_per_cell``: the same per cell.
+        - ``elpd_diff``, ``dse``, ``dse_clusters``: how far below the best, in nats, with the standard errors
+          of the paired difference over cells and over perturbations; missing where not ranked.
+        - ``mc_se``: Monte Carlo standard error of ``elpd``.
+        - ``bad_k``: share of cells whose Pareto k is bad or unknown.
+        - ``ranked``, ``reason``: whether the model takes part, and if not, why and what to do.
+
+    Raises:
+        DataError: There are fewer than two models, or they were not scored on the same cells and values.
+
+    Source: Vehtari et al., Statistics and Computing 2017 (paired differences); Vehtari et al., JMLR 2024
+    (limit of Pareto k); Cameron and Miller, Journal of Human Resources 2015 (clusters).
+    """
+    _check_comparable(scores)
+    first = next(iter(scores.values()))
+    aligned = {name: table.sel(cell=first["cell"]) for name, table in scores.items()}
+    elpd_n = {name: -table["nll"].to_numpy() for name, table in aligned.items()}
+    good_n = {name: _good_k(table) for name, table in aligned.items()}
+    condition_n = pd.factorize(first["condition"].to_numpy())[0]
+    reason = {name: _unreliable(good_n[name], aligned[name].attrs["n_particles"]) for name in scores}
+    reliable = [name for name in scores if not reason[name]]
+    best = max(reliable, key=lambda name: elpd_n[name].sum(), default="")
+    gap_n = {name: elpd_n[best] - elpd_n[name] for name in reliable}
+    for name in reliable:
+        if gap_n[name][good_n[best] & good_n[name]].sum() < 0:
+            reason[name] = f"cells of bad Pareto k decide its order against {best}; {ADVICE}"
+    if best and all(reason[name] for name in scores if name != best):
+        reason[best] = "no other model can be ranked, so there is nothing to rank it against"
+    rows = {}
+    for name, table in aligned.items():
+        n, elpd = len(elpd_n[name]), elpd_n[name].sum()
+        rows[name] = {
+            "elpd": elpd,
+            "se": math.sqrt(n * elpd_n[name].var()),
+            "elpd_per_cell": elpd / n,
+            "mc_se": float(np.sqrt((table["mc_se"].to_numpy() ** 2).sum())),
+            "bad_k": float(1 - good_n[name].mean()),
+            "ranked": not reason[name],
+            "reason": reason[name],
+        }
+        if not reason[name]:
+            rows[name] |= {
+                "elpd_diff": gap_n[name].sum(),
+                "dse": math.sqrt(n * gap_n[name].var()),
+                "dse_clusters": _cluster_se(gap_n[name], condition_n),
+            }
+    result = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=COMPARISON[1:])
+    result = result.sort_values(["ranked", "elpd"], ascending=False, kind="stable")
+    result.insert(0, "rank", pd.array(np.arange(len(result)), dtype="Int64"))
+    result.loc[~result["ranked"], "rank"] = pd.NA
+    return result
+
+
+def _check_comparable(scores: Mapping[str, xr.Dataset]) -> None:
+    if len(scores) < 2:
+        raise DataError(f"expected the likelihoods of at least 2 models, found {list(scores)}.")
+    (first_name, first), *others = scores.items()
+    cells = set(first["cell"].to_numpy())
+    for name, table in others:
+        differing = cells ^ set(table["cell"].to_numpy())
+        if differing or table.sizes["cell"] != first.sizes["cell"]:
+            raise DataError(
+                f"expected the same cells for every model, found {len(differing)} that only one of "
+                f"{first_name!r} and {name!r} was scored on. Score both with the same rows."
+            )
+        values = [(t.attrs.get("x"), t.attrs.get("n_genes")) for t in (first, table)]
+        if values[0] != values[1]:
+            raise DataError(
+                f"expected likelihoods of the same values, found {first_name!r} scored on {values[0][0]} "
+                f"with {values[0][1]} genes and {name!r} on {values[1][0]} with {values[1][1]}. Likelihoods "
+                "of other units or genes cannot be compared."
+            )
+
+
+def _good_k(table: xr.Dataset) -> np.ndarray:
+    """Cells whose Pareto k is known and small enough for the number of particles."""
+    n_particles = table.attrs["n_particles"]
+    if n_particles <= 10:
+        return np.zeros(table.sizes["cell"], dtype=bool)
+    return table["pareto_k"].to_numpy() <= min(1 - 1 / math.log10(n_particles), 0.7)
+
+
+def _unreliable(good_n: np.ndarray, n_particles: int) -> str:
+    """Why a model cannot be ranked; empty if it can."""
+    share = 1 - good_n.mean()
+    if share <= BAD_SHARE:
+        return ""
+    return f"Pareto k is bad in {share:.1%} of cells at {n_particles} particles; {ADVICE}"
+
+
+def _cluster_se(gap_n: np.ndarray, cluster_n: np.ndarray) -> float:
+    """Standard error of a sum whose terms are dependent within clusters."""
+    sum_c = np.bincount(cluster_n, gap_n - gap_n.mean())
+    n_clusters = len(sum_c)
+    return math.sqrt((sum_c**2).sum() * n_clusters / (n_clusters - 1)) if n_clusters > 1 else math.nan
+
+
 class Proposal:
     """Where the particles of some cells come from: the guide, or a Student fitted to its weighted particles.
 
@@ -116,6 +253,8 @@ class Proposal:
         n_genes = 1 if model_batch.x_ng is None else model_batch.x_ng.shape[-1]
         fitting = int(memory_budget_gb * 2**30 / (BYTES_PER_VALUE * model_batch.n_cells * n_genes))
         self.step = max(1, min(PARTICLES_AT_ONCE, fitting))
+        at_once = VALUES_AT_ONCE * torch.get_num_threads()
+        self.piece = max(1, at_once // (model_batch.n_cells * n_genes))
         sites = sample_sites(poutine.trace(guide).get_trace(guide_batch))
         local = [s for s in sites.values() if is_local(s) and not s["is_observed"]]
         self.widths = {s["name"]: s["fn"].event_shape[-1] for s in local}
@@ -170,9 +309,15 @@ class Proposal:
         return torch.cat(weights), torch.cat(draws)
 
     def _log_joint(self, drawn: dict[str, Tensor], n: int) -> Tensor:
-        model = poutine.condition(self.model, data=drawn)
-        plate = pyro.plate("particles", n, dim=-2)
-        return _local_log_prob(poutine.trace(plate(model)).get_trace(self.model_batch))
+        """log p(x, z_s | u) [s, n], some particles at a time."""
+        step = n if self.loc_nk.is_cuda else self.piece
+        parts = []
+        for start in range(0, n, step):
+            some = {name: value[start : start + step] for name, value in drawn.items()}
+            model = poutine.condition(self.model, data=some)
+            plate = pyro.plate("particles", min(step, n - start), dim=-2)
+            parts.append(_local_log_prob(poutine.trace(plate(model)).get_trace(self.model_batch)))
+        return torch.cat(parts)
 
 
 class _ReplacePrior(Messenger):
@@ -206,7 +351,13 @@ def _dataset(
     return xr.Dataset(
         {name: ("cell", column) for name, column in zip(names, columns, strict=True)},
         coords={"cell": cells, "condition": ("cell", _condition_names(screen, rows))},
-        attrs={"n_particles": n_particles, "units": "nats per cell", "seed": seed},
+        attrs={
+            "n_particles": n_particles,
+            "units": "nats per cell",
+            "seed": seed,
+            "x": screen.describe().layer or "X",
+            "n_genes": screen.n_genes,
+        },
     )
 
 

@@ -1,4 +1,4 @@
-"""How well estimated latents and graphs recover a known truth, and how well runs agree without one."""
+"""How well estimated latents and graphs recover a known truth."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,14 +12,14 @@ from scipy.spatial.distance import pdist
 from scipy.stats import beta, rankdata
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.kernel_ridge import KernelRidge
-from sklearn.linear_model import Lasso, LinearRegression
+from sklearn.linear_model import LinearRegression
 from sklearn.metrics import precision_recall_fscore_support
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
 from pyro_causalcell.errors import DataError
 
-__all__ = ["Matching", "matching", "recovery", "reliability", "top_two_graph", "udr"]
+__all__ = ["Matching", "matching", "recovery", "reliability", "top_two_graph"]
 
 Floats = NDArray[np.float64]
 _RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -91,7 +91,7 @@ def recovery(
 
     Source: Lopez et al. 2023, section 4.1, and their published code for the variants.
     """
-    true_nk, est_nk = _checked_latents(z_true_nk, z_est_nk)
+    true_nk, est_nk = checked_latents(z_true_nk, z_est_nk)
     if min(len(true_nk), n_kernel_cells) < _LEAST_CELLS:
         raise DataError(
             f"expected at least {_LEAST_CELLS} cells for cross-validated scores, found {len(true_nk)} with "
@@ -106,9 +106,9 @@ def recovery(
     scores = {
         "pearson_mcc": float(np.abs(pearson.correlation_m).sum() / n_true),
         "spearman_mcc": float(np.abs(spearman.correlation_m).sum() / n_true),
-        "r2_linear": _r2(true_nk, _as_2d(cross_val_predict(linear, est_nk, true_nk, cv=folds))),
-        "r2_kernel": _r2(true_nk[few], _kernel_prediction(true_nk[few], est_nk[few], folds)),
-        "r2_linear_insample": _r2(true_nk, _as_2d(linear.fit(est_nk, true_nk).predict(est_nk))),
+        "r2_linear": r2(true_nk, as_2d(cross_val_predict(linear, est_nk, true_nk, cv=folds))),
+        "r2_kernel": r2(true_nk[few], _kernel_prediction(true_nk[few], est_nk[few], folds)),
+        "r2_linear_insample": r2(true_nk, as_2d(linear.fit(est_nk, true_nk).predict(est_nk))),
     }
     if graph_true_pk is None and graph_est_pk is None:
         return scores
@@ -141,7 +141,7 @@ def matching(
     Raises:
         DataError: if the arrays do not hold the same cells or a value is not finite.
     """
-    corr_kk = _correlation(*_checked_latents(z_true_nk, z_est_nk), method)
+    corr_kk = correlation(*checked_latents(z_true_nk, z_est_nk), method)
     true_m, estimated_m = linear_sum_assignment(corr_kk if signed else np.abs(corr_kk), maximize=True)
     return Matching(true_m, estimated_m, corr_kk[true_m, estimated_m])
 
@@ -164,53 +164,6 @@ def top_two_graph(shift_pk: NDArray[Any]) -> NDArray[np.bool_]:
     graph_pk = np.zeros(size_pk.shape, dtype=bool)
     np.put_along_axis(graph_pk, top, True, axis=1)
     return graph_pk
-
-
-def udr(
-    representations: Sequence[NDArray[Any]],
-    *,
-    method: Literal["spearman", "lasso"] = "spearman",
-    active_variance: float = 0.01,
-    lasso_alpha: float = 0.1,
-) -> Floats:
-    """Unsupervised disentanglement ranking: how much trained models agree, one latent to one latent.
-
-    Needs no truth. Train the same settings with several seeds, compare the mean score of each setting.
-
-    Args:
-        representations: one array [cells, latents] per trained model, for the same cells in the same order.
-        method: similarity of two latents: |Spearman correlation|, or the size of the coefficients of a Lasso
-            regression of one standardised representation on the other.
-        active_variance: a latent takes part if its variance over cells exceeds this. It stands for the
-            KL criterion of the paper, since posterior means alone are at hand.
-        lasso_alpha: penalty of the Lasso.
-
-    Returns:
-        One score in [0, 1] per model (the Lasso variant can exceed 1 slightly): the median over the other
-        models.
-
-    Raises:
-        DataError: if there are fewer than two models, or their cells differ in number.
-
-    Source: Duan et al., Unsupervised model selection for variational disentangled representation learning,
-    2020, equation 2.
-    """
-    if len(representations) < 2:
-        raise DataError(
-            f"expected the representations of at least 2 models, found {len(representations)}. "
-            "Train the same settings with another seed."
-        )
-    active = []
-    for z in representations:
-        z_nk = _checked_latents(representations[0], z)[1]
-        active.append(z_nk[:, z_nk.var(0) > active_variance])
-    n_models = len(active)
-    agreement = np.full((n_models, n_models), np.nan)
-    for i in range(n_models):
-        for j in range(n_models):
-            if i != j:
-                agreement[i, j] = _agreement(_similarity(active[i], active[j], method, lasso_alpha))
-    return np.asarray(np.nanmedian(agreement, axis=1))
 
 
 def reliability(
@@ -255,7 +208,8 @@ def reliability(
     return pd.DataFrame(rows, columns=names)
 
 
-def _checked_latents(z_true_nk: NDArray[Any], z_est_nk: NDArray[Any]) -> tuple[Floats, Floats]:
+def checked_latents(z_true_nk: NDArray[Any], z_est_nk: NDArray[Any]) -> tuple[Floats, Floats]:
+    """Two arrays of latents of the same cells, as finite float64."""
     true_nk = np.asarray(z_true_nk, dtype=np.float64)
     est_nk = np.asarray(z_est_nk, dtype=np.float64)
     if true_nk.ndim != 2 or est_nk.ndim != 2 or len(true_nk) != len(est_nk):
@@ -287,7 +241,7 @@ def _checked_graphs(
     return truth_pk, found_pk
 
 
-def _unit(z_nk: Floats) -> Floats:
+def unit(z_nk: Floats) -> Floats:
     """Centred columns of length one; a constant column becomes zero."""
     centred = z_nk - z_nk.mean(0)
     length = np.linalg.norm(centred, axis=0)
@@ -295,17 +249,19 @@ def _unit(z_nk: Floats) -> Floats:
     return np.where(constant, 0.0, centred / np.where(constant, 1.0, length))
 
 
-def _correlation(a_nk: Floats, b_nk: Floats, method: str) -> Floats:
+def correlation(a_nk: Floats, b_nk: Floats, method: str) -> Floats:
+    """Correlation of each column of a with each of b; 0 for a constant column."""
     if method == "spearman":
         a_nk, b_nk = rankdata(a_nk, axis=0), rankdata(b_nk, axis=0)
-    return _unit(a_nk).T @ _unit(b_nk)
+    return unit(a_nk).T @ unit(b_nk)
 
 
-def _as_2d(prediction: Floats) -> Floats:
+def as_2d(prediction: Floats) -> Floats:
+    """A regression's prediction with one column per latent, also where there is only one."""
     return prediction.reshape(len(prediction), -1)
 
 
-def _r2(true_nk: Floats, predicted_nk: Floats) -> float:
+def r2(true_nk: Floats, predicted_nk: Floats) -> float:
     """Mean over latents of 1 - residual / total sum of squares; 0 for a constant true latent."""
     residual = ((true_nk - predicted_nk) ** 2).sum(0)
     total = ((true_nk - true_nk.mean(0)) ** 2).sum(0)
@@ -320,7 +276,7 @@ def _kernel_prediction(true_nk: Floats, est_nk: Floats, folds: KFold) -> Floats:
     kernel_ridge = KernelRidge(kernel="rbf", gamma=1 / median if median > 0 else 1.0)
     search = GridSearchCV(kernel_ridge, {"alpha": _RIDGES}, cv=3)
     regression = TransformedTargetRegressor(search, transformer=StandardScaler())
-    return _as_2d(cross_val_predict(regression, scaled, true_nk, cv=folds))
+    return as_2d(cross_val_predict(regression, scaled, true_nk, cv=folds))
 
 
 def _graph_scores(
@@ -340,26 +296,3 @@ def _graph_scores(
         f"graph_recall{suffix}": float(recall),
         f"graph_f1{suffix}": float(f1),
     }
-
-
-def _similarity(a_nk: Floats, b_nk: Floats, method: str, lasso_alpha: float) -> Floats:
-    """Similarity of the latents of two models, [latents of a, latents of b]."""
-    if 0 in (a_nk.shape[1], b_nk.shape[1]):
-        return np.zeros((a_nk.shape[1], b_nk.shape[1]))
-    if method == "spearman":
-        return np.abs(_correlation(a_nk, b_nk, "spearman"))
-    scale = np.sqrt(len(a_nk))
-    lasso = Lasso(alpha=lasso_alpha).fit(_unit(a_nk) * scale, _unit(b_nk) * scale)
-    return np.abs(lasso.coef_.reshape(b_nk.shape[1], a_nk.shape[1])).T
-
-
-def _agreement(similarity_ab: Floats) -> float:
-    """Equation 2: high when every latent of one model resembles exactly one of the other."""
-
-    def one_side(similarity: Floats) -> float:
-        total = similarity.sum(0)
-        share = similarity.max(0, initial=0.0) ** 2 / np.where(total > 0, total, 1.0)
-        return float(share.sum())
-
-    n_latents = sum(similarity_ab.shape)
-    return (one_side(similarity_ab) + one_side(similarity_ab.T)) / n_latents if n_latents else 0.0

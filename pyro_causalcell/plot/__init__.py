@@ -1,7 +1,8 @@
 """Figures: functions of tables and arrays that return a matplotlib Figure and change no global state."""
 
+from pyro_causalcell.plot.calibration import coverage, pit, predictive_statistics, risk_coverage, sbc_ranks
 from pyro_causalcell.plot.checks import pareto_k, predictive_checks, reliability
-from pyro_causalcell.plot.comparison import compare_methods, study_table
+from pyro_causalcell.plot.comparison import calibrated_scores, compare_methods, study_table
 from pyro_causalcell.plot.effects import effect_intervals
 from pyro_causalcell.plot.graph import graph_heatmap, order_graph, top_genes
 from pyro_causalcell.plot.style import DIVERGING, OKABE_ITO, style
@@ -10,13 +11,19 @@ from pyro_causalcell.plot.training import training_curve
 __all__ = [
     "DIVERGING",
     "OKABE_ITO",
+    "calibrated_scores",
     "compare_methods",
+    "coverage",
     "effect_intervals",
     "graph_heatmap",
     "order_graph",
     "pareto_k",
+    "pit",
     "predictive_checks",
+    "predictive_statistics",
     "reliability",
+    "risk_coverage",
+    "sbc_ranks",
     "study_table",
     "style",
     "top_genes",

@@ -1,5 +1,9 @@
 """Methods beside each other: baselines, and the tables of a study."""
 
+import textwrap
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -7,25 +11,41 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
+from pyro_causalcell.baselines.compare import CEILING, FLOOR, MEASURES
 from pyro_causalcell.errors import DataError
-from pyro_causalcell.plot.style import BLUE, GREY, OKABE_ITO, VERMILLION, axes_grid, new_figure, style
+from pyro_causalcell.plot.style import (
+    BLUE,
+    DIVERGING,
+    GREEN,
+    GREY,
+    OKABE_ITO,
+    VERMILLION,
+    axes_grid,
+    new_figure,
+    style,
+)
 
-__all__ = ["compare_methods", "study_table"]
+__all__ = ["calibrated_scores", "compare_methods", "study_table"]
 
-_METRICS = {
-    "rmse": "RMSE (log1p CP10k)\nlower is better",
-    "pearson_control": "Pearson of effects\nagainst control, higher is better",
-    "pearson_perturbed": "Pearson of effects\nagainst perturbed mean, higher is better",
-}
+_COLUMNS = 4
 
 
-def compare_methods(scores: pd.DataFrame, highlight: str | None = None, seed: int = 0) -> Figure:
+def compare_methods(
+    scores: pd.DataFrame,
+    highlight: Sequence[str] = (),
+    seed: int = 0,
+    floor: str = FLOOR,
+    ceiling: str = CEILING,
+) -> Figure:
     """One panel a metric: a dot for every condition, the mean, and its 95 % bootstrap interval.
 
     Args:
-        scores: Columns method, condition, metric, value (``baselines.compare_means``).
-        highlight: Method drawn in the accent colour.
+        scores: Columns method, condition, metric, value (``Comparison.table``, or what
+            ``baselines.score_predictors`` returns). Several scores of a condition are averaged.
+        highlight: Methods drawn in the accent colour.
         seed: Of the bootstrap over conditions.
+        floor: Method whose mean is drawn as a grey line through the panel, if it was scored.
+        ceiling: Method whose mean is drawn as a green line, if it was scored.
 
     Raises:
         DataError: A column is missing.
@@ -35,21 +55,83 @@ def compare_methods(scores: pd.DataFrame, highlight: str | None = None, seed: in
         raise DataError(f"scores lack the columns {sorted(missing)}; they have {list(scores)}.")
     methods = list(dict.fromkeys(scores["method"]))
     metrics = list(dict.fromkeys(scores["metric"]))
+    value = scores.groupby(["metric", "method", "condition"], sort=False, as_index=False)["value"].mean()
+    value_of = {key: rows["value"].to_numpy(dtype=float) for key, rows in value.groupby(["metric", "method"])}
+    n_columns = min(len(metrics), _COLUMNS)
+    n_rows = -(-len(metrics) // n_columns)
+    looks: list[tuple[str, str, Literal["-", "--"]]] = [(floor, GREY, "--"), (ceiling, GREEN, "-")]
+    lines = [look for look in looks if look[0] in methods]
     rng = np.random.default_rng(seed)
     with style():
-        figure = new_figure(2.9 * len(metrics) + 1.2, 0.34 * len(methods) + 1.2)
-        axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-        for ax, metric in zip(axes, metrics, strict=True):
-            one = scores[scores["metric"] == metric]
+        figure = new_figure(2.4 * n_columns + 1.8, n_rows * (0.25 * len(methods) + 0.85) + 0.4)
+        for j, (ax, metric) in enumerate(
+            zip(axes_grid(figure, len(metrics), n_columns), metrics, strict=True)
+        ):
+            for name, colour, dashes in lines:
+                level_c = value_of.get((metric, name), np.empty(0))
+                if not np.isnan(level_c).all():
+                    level = np.nanmean(level_c)
+                    ax.axvline(level, color=colour, linestyle=dashes, linewidth=1.2, zorder=0)
             for y, method in enumerate(methods):
-                value_c = one.loc[one["method"] == method, "value"].dropna().to_numpy(dtype=float)
-                _dots(ax, y, value_c, VERMILLION if method == highlight else BLUE, rng)
-            ax.set(xlabel=_METRICS.get(metric, metric), ylim=(len(methods) - 0.5, -0.5))
-            ax.locator_params(axis="x", nbins=5)
+                value_c = value_of.get((metric, method), np.empty(0))
+                _dots(ax, y, value_c[~np.isnan(value_c)], VERMILLION if method in highlight else BLUE, rng)
+            ax.set(xlabel=_heading(metric), ylim=(len(methods) - 0.5, -0.5))
+            ax.set_yticks(range(len(methods)), methods if j % n_columns == 0 else [""] * len(methods))
+            ax.locator_params(axis="x", nbins=4)
             ax.grid(axis="x")
-        axes[0].set_yticks(range(len(methods)), methods)
-        for ax in axes:
             ax.tick_params(axis="y", length=0)
+        handles = [Line2D([], [], color=c, linestyle=d, linewidth=1.2, label=name) for name, c, d in lines]
+        if handles:
+            figure.legend(handles=handles, loc="outside upper left", ncols=2)
+    return figure
+
+
+def _heading(metric: str) -> str:
+    """Heading of a metric and its direction, in lines that fit under a panel."""
+    if metric not in MEASURES:
+        return metric
+    direction = "higher is better" if MEASURES[metric].higher_is_better else "lower is better"
+    return "\n".join([*textwrap.wrap(MEASURES[metric].heading, 30), direction])
+
+
+def calibrated_scores(table: pd.DataFrame) -> Figure:
+    """Where methods lie between a baseline (0) and the technical duplicate (1), metric by metric.
+
+    Numbers are never clipped; colours are, at -1 and 1. A metric on which the duplicate does not beat the
+    baseline is left grey: it cannot tell methods apart on these cells.
+
+    Args:
+        table: What ``Comparison.calibrated`` returns.
+
+    Raises:
+        DataError: A column is missing.
+    """
+    missing = {"method", "metric", "score", "resolved"} - set(table)
+    if missing:
+        raise DataError(f"table lacks the columns {sorted(missing)}; it has {list(table)}.")
+    methods, metrics = (list(dict.fromkeys(table[name])) for name in ("method", "metric"))
+    score_mk = table.pivot(index="metric", columns="method", values="score").loc[metrics, methods].to_numpy()
+    resolved_m = table.groupby("metric", sort=False)["resolved"].first().loc[metrics].to_numpy(dtype=bool)
+    with style():
+        figure = new_figure(max(0.62 * len(methods) + 3.4, 5.0), 0.24 * len(metrics) + 1.9)
+        ax = figure.subplots()
+        shown_mk = np.where(resolved_m[:, None], score_mk, np.nan)
+        ax.imshow(shown_mk, cmap=DIVERGING.reversed(), vmin=-1, vmax=1, aspect="auto")
+        ax.set_facecolor("#E6E8EB")
+        for (m, k), score in np.ndenumerate(score_mk):
+            text = "n/a" if np.isnan(score) else f"{round(score, 2) + 0.0:.2f}"
+            strong = resolved_m[m] and abs(score) > 0.5
+            ax.text(k, m, text, ha="center", va="center", fontsize=7, color="white" if strong else "#2A2E34")
+        ax.set_yticks(range(len(metrics)), [MEASURES[m].heading if m in MEASURES else m for m in metrics])
+        ax.set_xticks(range(len(methods)), methods, rotation=40, ha="left", rotation_mode="anchor")
+        ax.xaxis.tick_top()
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        figure.supxlabel(
+            "0: the baseline, 1: the technical duplicate\n"
+            "grey: not defined, or the duplicate does not beat the baseline",
+            fontsize=9,
+        )
     return figure
 
 

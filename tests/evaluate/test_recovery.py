@@ -3,7 +3,7 @@ import pytest
 from sklearn.datasets import make_spd_matrix
 
 from pyro_causalcell.errors import DataError
-from pyro_causalcell.evaluate.recovery import matching, recovery, reliability, top_two_graph, udr
+from pyro_causalcell.evaluate.recovery import matching, recovery, reliability, top_two_graph
 
 
 @pytest.fixture
@@ -138,31 +138,6 @@ def test_top_two_graph():
     shift = np.array([[0.1, -3.0, 2.0], [1.0, 0.0, -0.5]])
     assert top_two_graph(shift).tolist() == [[False, True, True], [True, False, True]]
     assert top_two_graph(shift[:, :1]).tolist() == [[True], [True]]
-
-
-@pytest.mark.parametrize("method", ["spearman", "lasso"])
-def test_udr_rewards_agreement_up_to_order_and_sign(z, rng, method):
-    same = [z, (SIGNS * z)[:, PERMUTED], z + 0.05 * rng.standard_normal(z.shape)]
-    rotated = [z @ np.linalg.qr(rng.standard_normal((4, 4)))[0] for _ in range(3)]
-    high, low = udr(same, method=method), udr(rotated, method=method)
-    assert high.shape == (3,)
-    assert high.min() > 0.8 > 0.7 > low.max()
-
-
-def test_udr_by_hand_and_without_idle_latents():
-    # orthogonal columns: |Spearman correlation| between the models is the identity, whatever the scale
-    a = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=float)
-    np.testing.assert_allclose(udr([a, 5 * a]), [1, 1])
-    idle = np.column_stack([a, np.full(4, 0.3)])
-    np.testing.assert_allclose(udr([idle, a]), [1, 1])
-    # one latent against two copies of it: shares 1 and 1, and 1/2 from the other side
-    np.testing.assert_allclose(udr([a[:, :1], a[:, [0, 0]]]), [(1 + 1 + 0.5) / 3] * 2)
-    assert udr([np.zeros((4, 2)), a]).tolist() == [0, 0]
-
-
-def test_udr_needs_two_models(z):
-    with pytest.raises(DataError, match="at least 2"):
-        udr([z])
 
 
 def test_reliability_by_hand():

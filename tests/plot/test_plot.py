@@ -78,6 +78,23 @@ def _scores():
     return pd.DataFrame(rows, columns=["method", "condition", "metric", "value"])
 
 
+def _many_scores():
+    one = _scores().replace({"method": {"model": "perturbed mean", "additive": "technical duplicate"}})
+    return pd.concat(
+        [one, one.replace({"metric": {"rmse": "mae", "pearson_control": "auprc_lift_train_de"}})] * 2
+    )
+
+
+def _calibrated():
+    rng = np.random.default_rng(0)
+    rows = [
+        (method, metric, np.nan if method == "additive" and k == 1 else rng.normal(0, 2), k != 2)
+        for method in ("model", "control mean", "additive")
+        for k, metric in enumerate(("rmse", "pearson_control", "e_distance", "interaction_auroc"))
+    ]
+    return pd.DataFrame(rows, columns=["method", "metric", "score", "resolved"])
+
+
 def _study():
     rows = [
         (setting, method, metric, 0.8, 0.02, np.nan if method == "oracle" else 0.7)
@@ -86,6 +103,46 @@ def _study():
         for metric in ("MCC", "graph F1")
     ]
     return pd.DataFrame(rows, columns=["setting", "method", "metric", "mean", "sd", "paper"])
+
+
+CLASSES = ["mostly zero", "low", "middle", "high", "all"]
+
+
+def _classes():
+    rng = np.random.default_rng(0)
+    shares = {f"coverage_{n}": n / 100 + rng.normal(0, 0.02, 5) for n in (50, 80, 90, 95)}
+    return pd.DataFrame({"gene_class": CLASSES, **shares})
+
+
+def _pit():
+    low = np.linspace(0, 0.95, 20)
+    table = pd.DataFrame({"gene_class": np.repeat(CLASSES, 20), "low": np.tile(low, 5)})
+    return table.assign(high=table["low"] + 0.05, density=np.random.default_rng(0).uniform(0.8, 1.2, 100))
+
+
+def _risk():
+    kept = np.arange(1, 27) / 26
+    return pd.DataFrame({"coverage": kept, "risk": 0.1 + 0.05 * kept, "best": 0.15 * kept, "random": 0.15})
+
+
+def _statistics(n):
+    rng = np.random.default_rng(0)
+    blocks = []
+    for name in ("total_mean", "zero_fraction"):
+        mean = rng.gamma(1, 2, n)
+        block = pd.DataFrame({"condition": [f"TARGET{i}" for i in range(n)], "statistic": name})
+        block = block.assign(observed=mean + rng.normal(0, 0.2, n), replicate_mean=mean)
+        blocks.append(block.assign(low=mean - 0.3, high=mean + 0.3))
+    return pd.concat(blocks)
+
+
+def _ranks():
+    rng = np.random.default_rng(0)
+    ranks = pd.DataFrame({f"shift[{i},1]": rng.integers(0, 20, 50) for i in range(8)})
+    place = np.arange(1, 20) / 20
+    band = pd.DataFrame({"place": place, "low": place - 0.18, "high": place + 0.18})
+    table = pd.DataFrame({"quantity": list(ranks), "ecdf_p": rng.random(8), "rejected": [True] + [False] * 7})
+    return ranks, band, table
 
 
 FIGURES = {
@@ -100,8 +157,16 @@ FIGURES = {
     "effects": lambda: plot.effect_intervals(_effects(), "A"),
     "checks": lambda: plot.predictive_checks(*_checks()),
     "reliability": lambda: plot.reliability({"all genes": ([0.5, 0.9], [0.45, 0.88])}),
+    "coverage": lambda: plot.coverage(_classes()),
+    "pit": lambda: plot.pit(_pit()),
+    "risk and coverage": lambda: plot.risk_coverage(_risk()),
+    "statistics of groups": lambda: plot.predictive_statistics(_statistics(26)),
+    "statistics of genes": lambda: plot.predictive_statistics(_statistics(300)),
+    "ranks": lambda: plot.sbc_ranks(*_ranks()),
     "pareto k": lambda: plot.pareto_k(np.random.default_rng(0).normal(0.4, 0.2, 300)),
-    "methods": lambda: plot.compare_methods(_scores(), highlight="model"),
+    "methods": lambda: plot.compare_methods(_scores(), highlight=["model"]),
+    "methods, many metrics": lambda: plot.compare_methods(_many_scores(), ["perturbed mean"]),
+    "calibrated": lambda: plot.calibrated_scores(_calibrated()),
     "study": lambda: plot.study_table(_study()),
 }
 
@@ -239,9 +304,49 @@ def test_pareto_k_that_is_not_finite_counts_as_large():
     assert figure.axes[0].get_xlim()[1] < 2
 
 
+def test_what_lies_outside_its_interval_is_red():
+    table = _statistics(3).assign(observed=1.0, low=[0.0, 2.0, 0.0] * 2, high=3.0)
+    ax = plot.predictive_statistics(table).axes[0]
+    assert [len(c.get_offsets()) for c in ax.collections[1:]] == [2, 1]
+    names = ["TARGET0", "TARGET1", "TARGET2"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == names
+    for gene, shown in ((np.nan, names), ("G", [f"{name}, G" for name in names])):
+        ax = plot.predictive_statistics(table.assign(gene=gene)).axes[0]
+        assert [t.get_text() for t in ax.get_yticklabels()] == shown
+
+
+def test_quantities_that_stand_out_are_drawn_first():
+    ranks, band, table = _ranks()
+    figure = plot.sbc_ranks(ranks, band, table.assign(ecdf_p=[0.5] * 6 + [0.01, 0.02]), most=2)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["shift[6,1]", "shift[7,1]"]
+
+
 def test_undefined_scores_are_said():
     figure = plot.compare_methods(_scores())
     assert "not defined" in [t.get_text() for t in figure.axes[1].texts]
+
+
+def test_floor_and_ceiling_are_lines_at_their_means():
+    scores = _many_scores()
+    ax = plot.compare_methods(scores).axes[0]
+    rmse = scores[scores["metric"] == "rmse"].groupby("method")["value"].mean()
+    upright = [
+        line.get_xdata()[0]
+        for line in ax.lines
+        if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2
+    ]
+    assert upright == pytest.approx([rmse["perturbed mean"], rmse["technical duplicate"]])
+
+
+def test_calibrated_numbers_are_not_clipped_and_unresolved_ones_not_coloured():
+    table = _calibrated()
+    table.loc[0, "score"] = -12.345
+    ax = plot.calibrated_scores(table).axes[0]
+    shown = [text.get_text() for text in ax.texts]
+    assert "-12.35" in shown or "-12.34" in shown
+    assert "n/a" in shown
+    coloured = np.ma.filled(np.ma.masked_invalid(ax.images[0].get_array()), np.nan)
+    assert np.isnan(coloured[2]).all() and np.isfinite(coloured[0]).all()
 
 
 def test_oracle_is_a_line_and_not_a_row():
@@ -254,10 +359,14 @@ def test_oracle_is_a_line_and_not_a_row():
     ("draw", "message"),
     [
         (lambda: plot.training_curve(pd.DataFrame({"loss": [1.0]})), "train_loss or validation_loss"),
+        (lambda: plot.pit(_pit().drop(columns="low")), r"lacks the columns \['low'\]"),
+        (lambda: plot.coverage(_classes()[["gene_class"]]), "coverage_50"),
+        (lambda: plot.sbc_ranks(pd.DataFrame({"z": [1]}), *_ranks()[1:]), "shift"),
         (lambda: plot.graph_heatmap(pd.DataFrame({"perturbation": ["A"]})), "lacks the columns"),
         (lambda: plot.effect_intervals(_effects(), "C"), "no effects of 'C'"),
         (lambda: plot.top_genes(pd.DataFrame(np.ones((1, 2)), ["k"]), ["j"]), "not among"),
         (lambda: plot.compare_methods(pd.DataFrame({"method": ["m"]})), "lack the columns"),
+        (lambda: plot.calibrated_scores(pd.DataFrame({"method": ["m"]})), "lacks the columns"),
         (lambda: plot.study_table(pd.DataFrame({"method": ["m"]})), "lacks the columns"),
     ],
 )
