@@ -31,11 +31,15 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     import xarray as xr
+    from matplotlib.figure import Figure
 
+    from pyro_causalcell.baselines import Comparison
     from pyro_causalcell.data import Screen, Split
     from pyro_causalcell.inference import Fit
 
 __all__ = [
+    "audit",
+    "compare",
     "demo",
     "evaluate",
     "fit",
@@ -44,6 +48,7 @@ __all__ = [
     "main",
     "predict",
     "report",
+    "sbc",
     "simulate",
     "study",
 ]
@@ -150,6 +155,8 @@ def fit(
     clip: PositiveFloat | None = 100.0,
     weights: dict[str, NonNegativeFloat] | None = None,
     warmup: dict[str, PositiveInt] | None = None,
+    particles: PositiveInt = 1,
+    compile: bool | None = None,
     memory_budget_gb: PositiveFloat = 4.0,
     seed: NonNegativeInt = 0,
     device: str = "auto",
@@ -200,6 +207,10 @@ def fit(
         clip: Largest gradient norm; null does not clip.
         weights: Weight of a site's term, as --weights.z 8 for a beta-VAE.
         warmup: Epochs over which a site's term grows from zero, as --warmup.z 50.
+        particles: Draws of each cell's programmes in a step; more than one trains the importance-weighted
+            bound, which is closer to the likelihood and takes longer.
+        compile: Compile the training step: true at once, false never; where training is long enough to repay
+            it if not given.
         memory_budget_gb: Memory the counts may take; larger screens are read piece by piece.
         seed: Seed of everything random; the same seed gives the same fit.
         device: "auto" takes the GPU if there is one; or "cpu", "cuda".
@@ -235,6 +246,70 @@ def fit(
     )
     _print_fit(trained)
     print(f"next: {PROGRAM} graph {out} --out graph.csv, or {PROGRAM} report {out} {data} --out report.html")
+
+
+def audit(
+    data: Path,
+    perturbation: str,
+    *,
+    control: list[str] | str | None = None,
+    no_controls: bool = False,
+    layer: str | None = None,
+    batch: list[str] | str | None = None,
+    separator: str = "+",
+    time: str | None = None,
+    dose: str | None = None,
+    library: str | None = None,
+    gene_symbols: str | None = None,
+    allow_empty: bool = False,
+    backed: bool = False,
+    latents: PositiveInt = 10,
+    out: Path | None = None,
+    seed: NonNegativeInt = 0,
+) -> None:
+    """Say, before anything is trained, what a screen can identify and which experiment would mend the rest.
+
+    Args:
+        data: The screen (h5ad file): cells x genes.
+        perturbation: Column of obs that says how each cell was perturbed, such as "A" or "A+B".
+        control: How control cells are called in that column; repeat it for several spellings.
+        no_controls: The screen has no control cells.
+        layer: Layer with the counts (or normalised values); X if not given.
+        batch: Column of obs with batches, donors or other covariates; repeat it for several columns.
+        separator: What joins the targets of a combination.
+        time: Column of obs with the time of each cell.
+        dose: Column of obs with the dose of each cell.
+        library: Column of obs with total counts; the sum over these genes if not given.
+        gene_symbols: Column of var with gene names; the index if not given.
+        allow_empty: Accept cells and genes without any count.
+        backed: Leave the matrix on disk and read cells as needed, for files larger than memory.
+        latents: Programmes of the model that is to be trained.
+        out: Table to write as well (CSV): kind, name, status, found, needed, mend.
+        seed: Seed of the random halves of the cells.
+    """
+    if out is not None:
+        _check_out(out, data)
+    control = _control(control, no_controls)
+    from pyro_causalcell.data import Screen, read
+    from pyro_causalcell.evaluate.audit import audit as audit_design
+
+    screen = Screen(
+        read(data, backed),
+        perturbation,
+        control,
+        layer=layer,
+        batch=_listed(batch),
+        time=time,
+        dose=dose,
+        library=library,
+        gene_symbols=gene_symbols,
+        separator=separator,
+        allow_empty=allow_empty,
+    )
+    result = audit_design(screen, latents, seed=seed)
+    print(result)
+    if out is not None:
+        _write_csv(result.to_frame(), out)
 
 
 def latents(run: Path, data: Path, out: Path, *, backed: bool = False, device: str = "auto") -> None:
@@ -371,6 +446,147 @@ def evaluate(
     _print_likelihood(table)
 
 
+def check(
+    run: Path,
+    data: Path,
+    out: Path,
+    *,
+    statistic: list[str] | str | None = None,
+    by: str = "condition",
+    prior: bool = False,
+    samples: PositiveInt = 100,
+    cells: Literal["validation", "test", "all"] | None = None,
+    seed: NonNegativeInt = 0,
+    threads: PositiveInt | None = 1,
+    backed: bool = False,
+    device: str = "auto",
+) -> None:
+    """Compare cells with cells that the model draws: predictive checks, and calibration of its intervals.
+
+    Args:
+        run: Run folder of the fit.
+        data: Cells (h5ad file): the fitted ones, or others.
+        out: Folder to write: checks.csv, checks.png and checks.nc (for ArviZ); calibration.csv, coverage.png,
+            pit.png and risk.png for the fitted file.
+        statistic: What to compare: total_mean, total_sd, zero_fraction, mean_variance_slope, dispersion,
+            correlation, maximum, gene_mean, gene_sd or gene_zero_fraction; repeat it for several. Totals,
+            zeros and dispersion (for counts) if not given.
+        by: What groups the cells: condition, batch, time, any column of obs, or all for one group.
+        prior: Draw which perturbation does what from the prior, not the posterior. No calibration then.
+        samples: Draws of each cell.
+        cells: Which cells of the fitted file. The test cells if not given, or the validation cells where no
+            test cells were kept; all cells of any other file.
+        seed: Seed of the draws.
+        threads: CPU threads; one is fastest for small models.
+        backed: Leave the matrix on disk and read cells as needed.
+        device: "auto" takes the GPU if there is one; or "cpu", "cuda".
+    """
+    _check_out(out / "checks.csv", data)
+    from pyro_causalcell import plot
+    from pyro_causalcell.data import Screen, read
+    from pyro_causalcell.evaluate import calibration, posterior_predictive_checks, prior_predictive_checks
+
+    fitted = _load(run, device)
+    _use_threads(threads)
+    screen = Screen.from_spec(fitted.screen, read(data, backed))
+    rows, words = _evaluated_rows(fitted, screen, cells)
+    checks = prior_predictive_checks if prior else posterior_predictive_checks
+    group = None if by == "all" else by
+    chosen = _listed(statistic) or None
+    result = checks(fitted, screen, rows, statistic=chosen, by=group, n_samples=samples, seed=seed)
+    table = result.table()
+    _write_csv(table, out / "checks.csv")
+    _write_png(plot.predictive_statistics(table), out / "checks.png")
+    with _whole(out / "checks.nc") as part:
+        result.to_inference_data().to_netcdf(part, engine="h5netcdf")
+    print(f"cells: {len(rows):,} {words}")
+    _print_checks(table)
+    if not prior and not _is_fitted_file(fitted, screen):
+        print("calibration: left out, its gene classes need the fitted file")
+    elif not prior:
+        measured = calibration(fitted, screen, rows, n_samples=samples, seed=seed)
+        _write_csv(measured.classes, out / "calibration.csv")
+        _write_png(plot.coverage(measured.classes), out / "coverage.png")
+        _write_png(plot.pit(measured.pit), out / "pit.png")
+        _write_png(plot.risk_coverage(measured.risk), out / "risk.png")
+        print(f"calibration: {measured.verdict}")
+    print(f"checks: {out}")
+
+
+def sbc(
+    model: str,
+    out: Path,
+    *,
+    guide: str | None = None,
+    latents: PositiveInt | None = None,
+    likelihood: Literal["nb", "poisson", "gaussian"] | None = None,
+    gates: Literal["posterior", "open", "closed", "sampled"] | None = None,
+    settings: dict[str, Any] | None = None,
+    targets: PositiveInt = 4,
+    genes: PositiveInt = 30,
+    cells: PositiveInt = 50,
+    library: PositiveFloat = 2000.0,
+    replicates: PositiveInt = 100,
+    draws: PositiveInt = 99,
+    epochs: PositiveInt = 200,
+    batch_size: PositiveInt = 64,
+    lr: PositiveFloat = 3e-2,
+    quick: bool = False,
+    workers: PositiveInt = 1,
+    seed: NonNegativeInt = 0,
+    quiet: bool = False,
+) -> None:
+    """Ask whether a guide finds what its own model has drawn: simulation-based calibration.
+
+    Args:
+        model: Name of a model, or your own as FILE.py:Class.
+        out: Folder to write: sbc.csv (tests of each latent), ranks.csv and sbc.png.
+        guide: Its guide; the one of the same name, or of the same file, if not given.
+        latents: Number of programmes.
+        likelihood: "nb" or "poisson" for counts, "gaussian" for log-normalised values.
+        gates: Member of the model family, as in fit.
+        settings: Any other argument of the model or the guide, as --settings.min_effect 0.
+        targets: Perturbations of the simulated screens.
+        genes: Their genes.
+        cells: Their cells of each condition.
+        library: Their total counts of a cell.
+        replicates: Screens to simulate and fit.
+        draws: Posterior draws of each.
+        epochs: Epochs to train each.
+        batch_size: Cells in a minibatch.
+        lr: Learning rate.
+        quick: At most 20 replicates of 50 epochs: shows that all works, and large errors only.
+        workers: Processes, one for each core.
+        seed: Seed of everything random.
+        quiet: No progress bar.
+    """
+    _check_out(out / "sbc.csv")
+    chosen = _chosen_settings(settings, n_latents=latents, likelihood=likelihood, gates=gates)
+    from pyro_causalcell import evaluate, plot
+
+    result = evaluate.sbc(
+        model,
+        guide,
+        evaluate.design_screen(targets, genes, cells, library),
+        n_replicates=replicates,
+        n_draws=draws,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        quick=quick,
+        workers=workers,
+        seed=seed,
+        progress=not quiet,
+        **chosen,
+    )
+    _write_csv(result.table, out / "sbc.csv")
+    _write_csv(result.ranks, out / "ranks.csv")
+    band = evaluate.ecdf_band(len(result.ranks), result.n_draws)
+    _write_png(plot.sbc_ranks(result.ranks, band, result.table), out / "sbc.png")
+    print(result.verdict)
+    print(f"sbc: {out}")
+
+
 def report(
     run: Path,
     data: Path,
@@ -400,6 +616,95 @@ def report(
     _use_threads(threads)
     write_report(_load(run, device), read(data), out, n_particles=particles, seed=seed)
     print(f"report: {out}")
+
+
+def compare(
+    data: Path,
+    perturbation: str,
+    out: Path,
+    *,
+    control: list[str] | str | None = None,
+    no_controls: bool = False,
+    layer: str | None = None,
+    separator: str = "+",
+    time: str | None = None,
+    library: str | None = None,
+    gene_symbols: str | None = None,
+    allow_empty: bool = False,
+    run: list[str] | str | None = None,
+    predictions: list[str] | str | None = None,
+    units: Literal["counts", "lognorm"] | None = None,
+    split: Literal["held-out-perturbations", "held-out-combinations", "random"] | None = None,
+    folds: PositiveInt = 5,
+    seeds: PositiveInt = 1,
+    min_cells: PositiveInt = 20,
+    cells: NonNegativeInt = 0,
+    reference: str = "perturbed mean",
+    seed: NonNegativeInt = 0,
+    device: str = "auto",
+) -> None:
+    """Score fits and other programs' predictions beside the baselines that must be beaten.
+
+    Args:
+        data: The screen (h5ad file): cells x genes.
+        perturbation: Column of obs that says how each cell was perturbed, such as "A" or "A+B".
+        out: Folder to write: tables (CSV), a page (comparison.md) and two figures.
+        control: How control cells are called in that column; repeat it for several spellings.
+        no_controls: The screen has no control cells.
+        layer: Layer with the counts (or normalised values); X if not given.
+        separator: What joins the targets of a combination.
+        time: Column of obs with the time of each cell, for the time-matched mean.
+        library: Column of obs with total counts; the sum over these genes if not given.
+        gene_symbols: Column of var with gene names; the index if not given.
+        allow_empty: Accept cells and genes without any count.
+        run: Run folder of a fit of these cells; repeat it for several that share a split.
+        predictions: File with predictions of another program (h5ad, Parquet or CSV); repeat it for several.
+        units: Units of these files, where they do not say: "counts", or "lognorm" for log(1 + counts per
+            10,000).
+        split: What is held out; with a run, the cells that it kept for its test.
+        folds: Folds; each target or combination is held out once.
+        seeds: How often the held-out cells are halved anew.
+        min_cells: Held-out cells that a condition needs to be scored.
+        cells: Cells of a condition, at most, for metrics that need cells; 0 leaves these metrics out.
+        reference: Baseline of the differences and of the calibrated scores.
+        seed: Seed of everything random.
+        device: "auto" takes the GPU if there is one; or "cpu", "cuda".
+    """
+    _check_folder(out)
+    control = _control(control, no_controls)
+    runs = [Path(name) for name in _listed(run)]
+    if runs and split is not None:
+        raise CausalCellError("a run is compared on the cells that it kept for its test; leave out --split")
+    from pyro_causalcell import baselines
+    from pyro_causalcell.data import Screen, read
+    from pyro_causalcell.report import write_comparison
+
+    fits = {path.name: _load(path, device) for path in runs}
+    screen = Screen(
+        read(data),
+        perturbation,
+        control,
+        layer=layer,
+        time=time,
+        library=library,
+        gene_symbols=gene_symbols,
+        separator=separator,
+        allow_empty=allow_empty,
+    )
+    methods: list[baselines.Predictor] = [
+        baselines.ModelPredictor(fitted, name, seed=seed) for name, fitted in fits.items()
+    ]
+    methods += [baselines.PredictionsFile(path, screen, units=units) for path in _listed(predictions)]
+    if fits:
+        splits = [_shared_split(fits, screen)]
+    else:
+        splits = baselines.make_folds(screen, split or "held-out-perturbations", folds, seed)
+    compared = baselines.compare(
+        screen, methods, splits, seeds=range(seed, seed + seeds), min_cells=min_cells, n_cells=cells
+    )
+    page = write_comparison(compared, out, reference)
+    _print_comparison(compared, reference)
+    print(f"comparison: {page}")
 
 
 def study(
@@ -616,6 +921,45 @@ def _is_fitted_file(fitted: "Fit", screen: "Screen") -> bool:
     )
 
 
+def _shared_split(fits: "Mapping[str, Fit]", screen: "Screen") -> "Split":
+    """The split of all the runs, checked against the cells."""
+    import numpy as np
+
+    from pyro_causalcell.data import Screen
+
+    (first, fitted), *others = fits.items()
+    for name, other in fits.items():
+        if not _is_fitted_file(other, Screen.from_spec(other.screen, screen.adata)):
+            raise DataError(
+                f"run {name} was fitted to other cells (their number, perturbations or totals differ); give "
+                "the fitted file"
+            )
+        for setting in ("layer", "library", "gene_symbols", "perturbation", "separator"):
+            own, given = getattr(other.screen, setting), getattr(screen.describe(), setting)
+            if own != given:
+                raise DataError(f"run {name} was fitted with {setting}={own}, found {setting}={given}")
+    for name, other in others:
+        if not np.array_equal(other.split.test, fitted.split.test):
+            raise DataError(
+                f"runs {first} and {name} kept other cells for their tests; fit them with the same seed and "
+                "the same test or held-out cells, or compare them one at a time"
+            )
+    return fitted.split
+
+
+def _print_comparison(compared: "Comparison", reference: str) -> None:
+    """The sizes, what was left out, and RMSE and calibrated RMSE of each method."""
+    table = compared.table
+    print(f"{table['condition'].nunique()} held-out conditions, {len(compared.splits)} folds")
+    if len(compared.left_out):
+        print(f"left out, too few cells: {', '.join(sorted(set(compared.left_out['condition'])))}")
+    rmse = compared.summary().query("metric == 'rmse'").set_index("method")["mean"]
+    score = compared.calibrated(reference).query("metric == 'rmse'").set_index("method")["score"]
+    for name in compared.methods:
+        place = f", calibrated {score[name]:.2f}" if name in score else ""
+        print(f"{name}: RMSE {rmse[name]:.4f}{place}")
+
+
 def _print_fit(fitted: "Fit") -> None:
     history = fitted.history
     trained = f"{len(history)} epochs, {history['seconds'].sum():,.0f} s"
@@ -646,6 +990,20 @@ def _print_likelihood(table: "xr.Dataset") -> None:
         print("advice: these numbers can be compared between models on the same cells")
 
 
+def _print_checks(table: "pd.DataFrame") -> None:
+    """How many statistics lie outside the replicates, and which most."""
+    outside = (table["observed"] < table["low"]) | (table["observed"] > table["high"])
+    print(f"outside the 90 % interval of the replicates: {int(outside.sum())} of {len(table)} statistics")
+    surprise = (table["p_value"] - 0.5).abs()[outside]
+    for _, row in table.loc[surprise.nlargest(3).index].iterrows():
+        gene = f" of {row['gene']}" if "gene" in row and row["gene"] == row["gene"] else ""
+        side = "above" if row["observed"] > row["high"] else "below"
+        print(
+            f"- {row['statistic'].replace('_', ' ')}{gene}, {row.iloc[0]}: {row['observed']:.3g}, {side} "
+            f"{row['low']:.3g} to {row['high']:.3g}"
+        )
+
+
 def _check_out(out: Path, *inputs: Path) -> None:
     """Tell before the work what would stop its result from being written."""
     if out.is_dir():
@@ -658,6 +1016,12 @@ def _check_out(out: Path, *inputs: Path) -> None:
         raise _unwritable(out, error) from error
     if not os.access(out.parent, os.W_OK):
         raise CausalCellError(f"{out.parent} cannot be written to; choose another --out")
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise CausalCellError(f"expected a folder as --out, found the file {out}; choose another name")
+    _check_out(out / "comparison.md")
 
 
 @contextmanager
@@ -689,6 +1053,11 @@ def _write_h5ad(adata: "ad.AnnData", out: Path) -> None:
 def _write_csv(table: "pd.DataFrame", out: Path) -> None:
     with _whole(out) as part:
         table.to_csv(part, index=False)
+
+
+def _write_png(figure: "Figure", out: Path) -> None:
+    with _whole(out) as part:
+        figure.savefig(part, format="png", dpi=150)
 
 
 # ---------------------------------------------------------------------- from signatures to options
@@ -724,8 +1093,8 @@ class _Command(NamedTuple):
 
 _TRAINING = (
     "epochs N, max_epochs N, patience N, warm_start N, batch_size N, lr X, lr_drops N, adam_eps X, "
-    "weight_decay X, clip X, weights ..., warmup ..., memory_budget_gb X, seed N, device auto|cpu|cuda, "
-    "threads N"
+    "weight_decay X, clip X, weights ..., warmup ..., particles N, compile true|false, memory_budget_gb X, "
+    "seed N, device auto|cpu|cuda, threads N"
 )
 
 TRAINING_SETTINGS = {option.split()[0] for option in _TRAINING.split(", ")}
@@ -756,6 +1125,17 @@ COMMANDS = {
             "result": "out RUN, resume, overwrite, quiet",
         },
     ),
+    "audit": _Command(
+        audit,
+        ("data",),
+        {
+            "your data": "perturbation COLUMN, control NAME, no_controls, layer LAYER, batch COLUMN, "
+            "separator TEXT, time COLUMN, dose COLUMN, library COLUMN, gene_symbols COLUMN, allow_empty, "
+            "backed",
+            "what to audit": "latents K, seed N",
+            "result": "out FILE.csv",
+        },
+    ),
     "latents": _Command(
         latents, ("run", "data"), {"result": "out FILE.h5ad", "how": "backed, device auto|cpu|cuda"}
     ),
@@ -778,10 +1158,43 @@ COMMANDS = {
             "how": "memory_budget_gb X, seed N, threads N, backed, device auto|cpu|cuda",
         },
     ),
+    "check": _Command(
+        check,
+        ("run", "data"),
+        {
+            "what to compare": "statistic NAME, by COLUMN, prior, cells validation|test|all, samples N",
+            "result": "out FOLDER",
+            "how": "seed N, threads N, backed, device auto|cpu|cuda",
+        },
+    ),
+    "sbc": _Command(
+        sbc,
+        ("model",),
+        {
+            "model": "guide NAME|FILE.py:Class, latents K, likelihood nb|poisson|gaussian, "
+            "gates posterior|open|closed|sampled, settings ...",
+            "simulated screens": "targets N, genes N, cells N, library X",
+            "how": "replicates N, draws N, epochs N, batch_size N, lr X, quick, workers N, seed N",
+            "result": "out FOLDER, quiet",
+        },
+    ),
     "report": _Command(
         report,
         ("run", "data"),
         {"result": "out FILE.html", "how": "particles N, seed N, threads N, device auto|cpu|cuda"},
+    ),
+    "compare": _Command(
+        compare,
+        ("data",),
+        {
+            "your data": "perturbation COLUMN, control NAME, no_controls, layer LAYER, separator TEXT, "
+            "time COLUMN, library COLUMN, gene_symbols COLUMN, allow_empty",
+            "methods": "run RUN, predictions FILE, units counts|lognorm, reference METHOD",
+            "held-out cells": "split held-out-perturbations|held-out-combinations|random, folds N, seeds N, "
+            "min_cells N, cells N",
+            "result": "out FOLDER",
+            "how": "seed N, device auto|cpu|cuda",
+        },
     ),
     "study": _Command(study, ("name",), {"result": "out FOLDER, quiet", "how": "quick, workers N"}),
     "demo": _Command(demo, (), {"result": "out FOLDER", "how": "epochs N, seed N, quiet"}),
@@ -836,7 +1249,7 @@ def _command_parser(name: str, command: _Command, description: str) -> ArgumentP
     required = [n for n, a in command.arguments.items() if a.default is inspect.Parameter.empty]
     words = [n.upper() if n in command.positional else f"--{_dashed(n)} {takes[n]}" for n in required]
     if "no_controls" in takes:
-        words.insert(-1, "(--control NAME | --no-controls)")
+        words.insert(required.index("perturbation") + 1, "(--control NAME | --no-controls)")
     parser = ArgumentParser(
         usage=" ".join([PROGRAM, name, *words, "[options]"]),
         description=description,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,7 +11,18 @@ from numpy.typing import NDArray
 from pyro_causalcell.data import Screen, ScreenSpec
 from pyro_causalcell.errors import DataError
 
-__all__ = ["TrainingMeans", "condition_means", "log_cp10k", "technical_duplicate", "training_means"]
+__all__ = [
+    "Moments",
+    "TrainingMeans",
+    "condition_means",
+    "condition_moments",
+    "draw_cells",
+    "expression",
+    "halves",
+    "log_cp10k",
+    "moments",
+    "training_means",
+]
 
 _ROWS = 4096  # cells held dense at a time
 
@@ -26,26 +38,53 @@ def log_cp10k(x_ng: NDArray[np.floating], library_n: NDArray[np.floating]) -> ND
     return np.log1p(1e4 * x_ng / np.where(library_n1 > 0, library_n1, 1.0))
 
 
-def _expression(screen: Screen, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+def expression(screen: Screen, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Expression of some cells, [n, g]: counts as log1p CP10k, normalised data as they are."""
     x_ng = screen.x(rows)
     return log_cp10k(x_ng, screen.library_n[rows]) if screen.is_counts else x_ng.astype(np.float64)
 
 
-def _group_means(
-    screen: Screen, rows: NDArray[np.int64], group_n: NDArray[np.int64], n_groups: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Mean expression and number of cells of each group of ``rows``; the mean of an empty group is NaN."""
+def draw_cells(screen: Screen, rows: NDArray[np.int64], n_cells: int, seed: int) -> NDArray[np.float64]:
+    """Expression of at most ``n_cells`` of these cells, drawn without replacement, [n, g]."""
+    few = np.random.default_rng(seed).permutation(np.asarray(rows, dtype=np.int64))[:n_cells]
+    return expression(screen, few)
+
+
+class Moments(NamedTuple):
+    """Mean and variance of each gene in groups of cells.
+
+    Attributes:
+        mean_cg: NaN for an empty group.
+        variance_cg: Unbiased; NaN for a group of fewer than two cells.
+        cells_c: Cells of each group.
+    """
+
+    mean_cg: NDArray[np.float64]
+    variance_cg: NDArray[np.float64]
+    cells_c: NDArray[np.int64]
+
+
+def moments(screen: Screen, rows: NDArray[np.int64]) -> Moments:
+    """Moments of the cells of each of ``screen.conditions`` among ``rows``, in one pass over them."""
+    rows = np.asarray(rows, dtype=np.int64)
+    group_n, n_groups = screen.condition_n[rows], len(screen.conditions)
     sum_cg = np.zeros((n_groups, screen.n_genes))
+    squares_cg = np.zeros_like(sum_cg)
     for start in range(0, len(rows), _ROWS):
         chunk, group = rows[start : start + _ROWS], group_n[start : start + _ROWS]
         member_cn = sp.csr_array(
             (np.ones(len(chunk)), (group, np.arange(len(chunk)))), (n_groups, len(chunk))
         )
-        sum_cg += member_cn @ _expression(screen, chunk)
+        x_ng = expression(screen, chunk)
+        sum_cg += member_cn @ x_ng
+        squares_cg += member_cn @ x_ng**2
     cells_c = np.bincount(group_n, minlength=n_groups)
-    mean_cg = np.full_like(sum_cg, np.nan)
-    np.divide(sum_cg, cells_c[:, None], out=mean_cg, where=cells_c[:, None] > 0)
-    return mean_cg, cells_c
+    n_c1 = cells_c[:, None]
+    mean_cg, variance_cg = np.full_like(sum_cg, np.nan), np.full_like(sum_cg, np.nan)
+    np.divide(sum_cg, n_c1, out=mean_cg, where=n_c1 > 0)
+    spread_cg = np.maximum(squares_cg - n_c1 * np.nan_to_num(mean_cg) ** 2, 0.0)
+    np.divide(spread_cg, n_c1 - 1, out=variance_cg, where=n_c1 > 1)
+    return Moments(mean_cg, variance_cg, cells_c)
 
 
 def condition_means(
@@ -64,14 +103,19 @@ def condition_means(
     Raises:
         DataError: A condition has no cell among ``rows``.
     """
+    return condition_moments(screen, rows, conditions).mean_cg
+
+
+def condition_moments(screen: Screen, rows: NDArray[np.int64], conditions: Sequence[str]) -> Moments:
+    """As ``condition_means``, with variances and numbers of cells."""
     index = _indices(screen, conditions)
     rows = np.asarray(rows, dtype=np.int64)
     asked = rows[np.isin(screen.condition_n[rows], index)]
-    mean_cg, cells_c = _group_means(screen, asked, screen.condition_n[asked], len(screen.conditions))
-    empty = [name for name, i in zip(conditions, index, strict=True) if cells_c[i] == 0]
+    found = moments(screen, asked)
+    empty = [name for name, i in zip(conditions, index, strict=True) if found.cells_c[i] == 0]
     if empty:
         raise DataError(f"no cells of {empty} among the {len(rows)} rows; leave these conditions out.")
-    return mean_cg[index]
+    return Moments(found.mean_cg[index], found.variance_cg[index], found.cells_c[index])
 
 
 def _indices(screen: Screen, conditions: Sequence[str]) -> list[int]:
@@ -87,16 +131,30 @@ class TrainingMeans:
     """What the training cells say, reduced to means in log1p CP10k.
 
     Attributes:
-        spec: Settings of the screen: splits a condition into its targets.
+        screen: The screen.
+        rows: The training cells.
         control_g: Mean of the control cells; None without them.
         perturbed_g: Mean of all perturbed cells.
-        singles: Mean of the cells of each target perturbed alone.
+        seen: Mean of the cells of each perturbed condition.
+        cells: Their number.
     """
 
-    spec: ScreenSpec
+    screen: Screen
+    rows: NDArray[np.int64]
     control_g: NDArray[np.float64] | None
     perturbed_g: NDArray[np.float64]
-    singles: dict[str, NDArray[np.float64]]
+    seen: dict[str, NDArray[np.float64]]
+    cells: dict[str, int]
+
+    @property
+    def spec(self) -> ScreenSpec:
+        """Settings of the screen: splits a condition into its targets."""
+        return self.screen.describe()
+
+    @property
+    def singles(self) -> dict[str, NDArray[np.float64]]:
+        """Mean of the cells of each target perturbed alone."""
+        return {name: mean_g for name, mean_g in self.seen.items() if name in self.screen.targets}
 
 
 def training_means(screen: Screen, rows: NDArray[np.int64]) -> TrainingMeans:
@@ -108,29 +166,27 @@ def training_means(screen: Screen, rows: NDArray[np.int64]) -> TrainingMeans:
     rows = np.asarray(rows, dtype=np.int64)
     if (screen.condition_n[rows] < 0).any():
         raise DataError("some training rows have an unknown condition (-1); pass rows of the fitted screen.")
-    mean_cg, cells_c = _group_means(screen, rows, screen.condition_n[rows], len(screen.conditions))
+    mean_cg, _, cells_c = moments(screen, rows)
     if cells_c[1:].sum() == 0:
         raise DataError(
             f"baselines need perturbed cells; the {len(rows)} rows hold {cells_c[0]} control cells and no "
             "others. Pass the training rows of a split that keeps perturbed cells."
         )
     seen = [i for i in range(1, len(cells_c)) if cells_c[i] > 0]
-    single = [i for i in seen if screen.conditions[i] in screen.targets]
     return TrainingMeans(
-        spec=screen.describe(),
+        screen=screen,
+        rows=rows,
         control_g=mean_cg[0] if cells_c[0] else None,
         perturbed_g=np.average(mean_cg[seen], axis=0, weights=cells_c[seen]),
-        singles={screen.conditions[i]: mean_cg[i] for i in single},
+        seen={screen.conditions[i]: mean_cg[i] for i in seen},
+        cells={screen.conditions[i]: int(cells_c[i]) for i in seen},
     )
 
 
-def technical_duplicate(
+def halves(
     screen: Screen, rows: NDArray[np.int64], conditions: Sequence[str], seed: int = 0
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Half of the held-out cells predicts the other half: what repeating the experiment would score.
-
-    Score every method against the first half returned here, so that all share one truth. The duplicate
-    carries the sampling noise of its own cells; a method that pools many training cells can have less.
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split the cells of each condition in two at random: one half to score on, one to predict it.
 
     Args:
         screen: The screen.
@@ -139,19 +195,17 @@ def technical_duplicate(
         seed: Of the random halves.
 
     Returns:
-        The truth and the duplicate, each of shape (c, g).
+        Rows of the first and of the second half; the second has the odd cell.
 
     Raises:
         DataError: A condition has fewer than two cells among ``rows``.
     """
     rows = np.random.default_rng(seed).permutation(np.asarray(rows, dtype=np.int64))
-    index = _indices(screen, conditions)
-    halves: tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]] = ([], [])
-    for name, i in zip(conditions, index, strict=True):
+    first, second = [], []
+    for name, i in zip(conditions, _indices(screen, conditions), strict=True):
         cells = rows[screen.condition_n[rows] == i]
         if len(cells) < 2:
             raise DataError(f"{name!r} has {len(cells)} held-out cells and halves need 2; leave it out.")
-        halves[0].append(cells[: len(cells) // 2])
-        halves[1].append(cells[len(cells) // 2 :])
-    truth, duplicate = (condition_means(screen, np.concatenate(half), conditions) for half in halves)
-    return truth, duplicate
+        first.append(cells[: len(cells) // 2])
+        second.append(cells[len(cells) // 2 :])
+    return np.concatenate(first), np.concatenate(second)

@@ -2,16 +2,49 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_causalcell.baselines.means import TrainingMeans, training_means
+from pyro_causalcell.baselines.means import TrainingMeans, draw_cells, expression, training_means
 from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import DataError
 
-__all__ = ["Additive", "Baseline", "ControlMean", "MatchingMean", "PerturbedMean", "fit_baselines"]
+__all__ = [
+    "Additive",
+    "Baseline",
+    "CellPredictor",
+    "ControlMean",
+    "MatchingMean",
+    "PerturbedMean",
+    "Predictor",
+    "TimeMatchedMean",
+    "fit_baselines",
+]
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """Anything that predicts the mean expression of conditions."""
+
+    @property
+    def name(self) -> str:
+        """What tables and figures call it."""
+        ...
+
+    def predict(self, conditions: Sequence[str]) -> NDArray[np.float64]:
+        """Mean expression of each condition in log1p CP10k, shape (c, g)."""
+        ...
+
+
+@runtime_checkable
+class CellPredictor(Predictor, Protocol):
+    """A predictor of cells, which distribution metrics can score."""
+
+    def cells(self, conditions: Sequence[str], n_cells: int, seed: int = 0) -> list[NDArray[np.float64]]:
+        """At most ``n_cells`` cells of each condition in log1p CP10k, each of shape (n, g)."""
+        ...
 
 
 class Baseline(ABC):
@@ -26,7 +59,7 @@ class Baseline(ABC):
         DataError: The baseline needs control cells, and there were none to train on.
     """
 
-    name: ClassVar[str]
+    name: str
     needs_control: ClassVar[bool] = False
 
     def __init__(self, means: TrainingMeans):
@@ -78,6 +111,12 @@ class ControlMean(Baseline):
     def _predict(self, targets: list[str]) -> NDArray[np.float64]:
         return self.control_g
 
+    def cells(self, conditions: Sequence[str], n_cells: int, seed: int = 0) -> list[NDArray[np.float64]]:
+        """Control cells drawn from the training cells, the same ones for every condition."""
+        screen, rows = self.means.screen, self.means.rows
+        drawn = draw_cells(screen, rows[screen.condition_n[rows] == 0], n_cells, seed)
+        return [drawn] * len(conditions)
+
 
 class PerturbedMean(Baseline):
     """All perturbations do the same: the mean of all perturbed cells."""
@@ -86,6 +125,12 @@ class PerturbedMean(Baseline):
 
     def _predict(self, targets: list[str]) -> NDArray[np.float64]:
         return self.means.perturbed_g if targets else self.control_g
+
+    def cells(self, conditions: Sequence[str], n_cells: int, seed: int = 0) -> list[NDArray[np.float64]]:
+        """Perturbed cells drawn from the training cells, the same ones for every condition."""
+        screen, rows = self.means.screen, self.means.rows
+        drawn = draw_cells(screen, rows[screen.condition_n[rows] > 0], n_cells, seed)
+        return [drawn] * len(conditions)
 
 
 class MatchingMean(Baseline):
@@ -114,8 +159,57 @@ class Additive(Baseline):
         return control_g + np.sum(effects, axis=0) if effects else control_g
 
 
+class TimeMatchedMean:
+    """All perturbations do the same at one time: perturbed training cells of the times of the asked cells.
+
+    Which times a condition was measured at is part of the design, so the held-out cells may tell it. A time
+    without perturbed training cells takes the nearest time that has some.
+
+    Args:
+        screen: A screen with ``time=``.
+        train: Training cells.
+        asked: Cells to be predicted; their times are used, their expression is not.
+
+    Raises:
+        DataError: The screen has no times, or ``train`` holds no perturbed cell.
+    """
+
+    name = "time-matched mean"
+
+    def __init__(self, screen: Screen, train: NDArray[np.int64], asked: NDArray[np.int64]):
+        if screen.time_n is None:
+            raise DataError("the time-matched mean needs the time of each cell; pass time= to Screen")
+        perturbed = train[screen.condition_n[train] > 0]
+        if not len(perturbed):
+            raise DataError(f"the time-matched mean needs perturbed cells; the {len(train)} rows hold none.")
+        self.screen, self.asked = screen, np.asarray(asked, dtype=np.int64)
+        self.times = np.unique(screen.time_n[perturbed])
+        self.mean_tg = np.stack(
+            [expression(screen, perturbed[screen.time_n[perturbed] == time]).mean(0) for time in self.times]
+        )
+
+    def predict(self, conditions: Sequence[str]) -> NDArray[np.float64]:
+        """Mean expression of each condition, shape (c, g), in log1p CP10k.
+
+        Raises:
+            DataError: None of the asked cells has this condition.
+        """
+        assert self.screen.time_n is not None
+        means = []
+        for name in conditions:
+            found = self.screen.canonical(name)
+            known = self.screen.conditions
+            code = known.index(found) if found in known else len(known)
+            time_n = self.screen.time_n[self.asked[self.screen.condition_n[self.asked] == code]]
+            if not len(time_n):
+                raise DataError(f"no asked cells of {name!r}, so its times are unknown; leave it out.")
+            nearest_n = np.abs(time_n[:, None] - self.times).argmin(1)
+            means.append(self.mean_tg[nearest_n].mean(0))
+        return np.stack(means)
+
+
 def fit_baselines(screen: Screen, rows: NDArray[np.int64]) -> dict[str, Baseline]:
-    """Every baseline by name, all fitted on one pass over the training cells.
+    """The baselines that are means of means, by name, all fitted on one pass over the training cells.
 
     Without control cells among ``rows``, the control mean and the additive baseline are left out.
     """

@@ -10,20 +10,14 @@ import xarray as xr
 from numpy.typing import NDArray
 from pyro import poutine
 
-from pyro_causalcell.baselines import (
-    compare_means,
-    fit_baselines,
-    log_cp10k,
-    other_genes,
-    technical_duplicate,
-)
+from pyro_causalcell.baselines import ModelPredictor, score_predictors
 from pyro_causalcell.data import Minibatches, Screen
 from pyro_causalcell.errors import DataError, PredictionError
 from pyro_causalcell.evaluate.checks import check
 from pyro_causalcell.evaluate.likelihood import iw_nll
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.posterior import is_local, sample_sites
-from pyro_causalcell.predict import effects, graph, predict, programme_names, replicate
+from pyro_causalcell.predict import effects, graph, programme_names, replicate
 from pyro_causalcell.report.replicates import compare_replicates, coverage
 
 __all__ = ["Cells", "Evidence", "control_rows", "gather", "programme_genes", "scored_means"]
@@ -33,6 +27,7 @@ _CHECKED = 2000  # cells of the predictive checks: more do not change the pictur
 _WEIGHED = 500  # cells of the importance-weighted likelihood, the slowest part
 _REPLICATES = 25
 _MANY = 20  # held-out cells a condition needs before its mean is worth predicting
+_METRICS = ["rmse", "pearson_control", "pearson_perturbed"]  # the page's three; ``compare`` has them all
 _DRAWN = 2000  # cells drawn from the model for a condition's mean: their noise must not count
 
 
@@ -237,30 +232,13 @@ def scored_means(fit: Fit, screen: Screen, rows: NDArray[np.int64], seed: int) -
         seed: Of the halves and of the model's draws.
 
     Returns:
-        What ``baselines.compare_means`` returns; empty if no condition has enough cells. Without training
+        Columns method, condition, metric, value; empty if no condition has enough cells. Without training
         control cells, what needs them is left out.
     """
     cells_c = np.bincount(screen.condition_n[rows], minlength=len(screen.conditions))
     conditions = [c for c, n in zip(screen.conditions[1:], cells_c[1:], strict=True) if n >= _MANY]
     if not conditions:
         return pd.DataFrame(columns=["method", "condition", "metric", "value"])
-    true_cg, duplicate_cg = technical_duplicate(screen, rows, conditions, seed)
-    baselines = fit_baselines(screen, fit.split.train)
-    predicted = {"model": _model_means(fit, screen, conditions, seed)}
-    predicted |= {name: baseline.predict(conditions) for name, baseline in baselines.items()}
-    predicted["technical duplicate"] = duplicate_cg
-    means = baselines["perturbed mean"].means
-    scored_cg = other_genes(screen, conditions)
-    return compare_means(true_cg, predicted, means.control_g, means.perturbed_g, conditions, scored_cg)
-
-
-def _model_means(fit: Fit, screen: Screen, conditions: list[str], seed: int) -> NDArray[np.float64]:
-    given = fit.screen.library is not None
-    means = []
-    for condition in conditions:  # one at a time: all of them may not fit in memory
-        drawn = predict(fit, [condition], n_cells=_DRAWN, seed=seed)
-        x_ng = np.asarray(drawn.X, dtype=np.float64)
-        if screen.is_counts:
-            x_ng = log_cp10k(x_ng, drawn.obs["library"].to_numpy() if given else x_ng.sum(1))
-        means.append(x_ng.mean(0))
-    return np.stack(means)
+    model = ModelPredictor(fit, n_cells=_DRAWN, seed=seed)
+    scores = score_predictors(screen, fit.split.train, rows, conditions, [model], seed)
+    return scores[scores["metric"].isin(_METRICS)].reset_index(drop=True)

@@ -240,7 +240,7 @@ def comparison_section(scores: pd.DataFrame, cells: str, *, seen: bool, model: s
     """The model beside the baselines and the technical duplicate.
 
     Args:
-        scores: Columns method, condition, metric, value (``baselines.compare_means``).
+        scores: Columns method, condition, metric, value (``baselines.score_predictors``).
         cells: Which cells were predicted, in words.
         seen: Whether other cells of every one of these conditions were trained on.
         model: Name of the model among the methods.
@@ -255,8 +255,9 @@ def comparison_section(scores: pd.DataFrame, cells: str, *, seen: bool, model: s
         f"all perturbations do the same; {own} {'use' if controls else 'uses'} the training cells of the "
         "same perturbation (for a combination, of its parts). The technical "
         "duplicate is the other half of the held-out cells: what repeating the experiment would score. It "
-        "carries the noise of few cells, so methods that pool many can do better. The perturbed genes "
-        "themselves are not scored."
+        "carries the noise of few cells, so methods that pool many can do better; the interpolated duplicate "
+        "takes the perturbed mean where a gene's response is not sure. Ridge and elastic net are linear "
+        "regressions on the targets. The perturbed genes themselves are not scored."
     )
     if seen:
         text += (
@@ -279,6 +280,6 @@ def comparison_section(scores: pd.DataFrame, cells: str, *, seen: bool, model: s
     formats = {str(c): "{:.4f}".format if c == "rmse" else "{:.3f}".format for c in wide.columns}
     return (
         html.paragraph(text)
-        + html.figure(plot.compare_methods(scores, model), caption)
+        + html.figure(plot.compare_methods(scores, [model]), caption)
         + html.table(wide, formats)
     )

@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from pyro_causalcell.baselines.compare import CEILINGS
+
 __all__ = ["caveats", "join", "plain", "shared_programmes", "summarise_graph", "summarise_scores"]
 
 _SURE = 0.9
 _LIKELY = 0.5
-_CEILING = "technical duplicate"  # sees held-out cells, so it is no baseline
 
 
 def plain(programme: str) -> str:
@@ -117,12 +118,12 @@ def summarise_scores(scores: pd.DataFrame, *, seen: bool, model: str = "model") 
     """Whether the model beats the baselines on held-out cells, counted over conditions.
 
     Args:
-        scores: Columns method, condition, metric, value (``baselines.compare_means``).
+        scores: Columns method, condition, metric, value (``baselines.score_predictors``).
         seen: Whether other cells of every one of these conditions were trained on.
         model: Name of the model among the methods.
     """
     rmse = scores[scores["metric"] == "rmse"].pivot(index="condition", columns="method", values="value")
-    others = [name for name in dict.fromkeys(scores["method"]) if name not in (model, _CEILING)]
+    others = [name for name in dict.fromkeys(scores["method"]) if name not in (model, *CEILINGS)]
     counted = [f"than the {name} in {int((rmse[model] < rmse[name]).sum())}" for name in others]
     best = rmse[others].mean().idxmin()
     sentence = (

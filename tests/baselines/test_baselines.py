@@ -1,5 +1,4 @@
 import numpy as np
-import pandas as pd
 import pytest
 import scanpy as sc
 
@@ -8,13 +7,12 @@ from pyro_causalcell.baselines import (
     ControlMean,
     MatchingMean,
     PerturbedMean,
-    average_conditions,
-    compare_means,
+    TimeMatchedMean,
     condition_means,
     fit_baselines,
-    other_genes,
-    technical_duplicate,
+    halves,
 )
+from pyro_causalcell.baselines.means import condition_moments, moments
 from pyro_causalcell.data import Screen, held_out_combinations
 from pyro_causalcell.errors import DataError
 
@@ -95,14 +93,68 @@ def test_normalised_data_are_used_as_they_are(tiny_adata):
     np.testing.assert_allclose(fitted.predict(["A"])[0], expected, rtol=1e-5)
 
 
-def test_technical_duplicate_halves_are_disjoint_and_reproducible(tiny_screen, rows):
+def test_halves_are_disjoint_and_reproducible(tiny_screen, rows):
     conditions = ["A", "B"]
-    first, second = technical_duplicate(tiny_screen, rows, conditions, seed=3)
-    again = technical_duplicate(tiny_screen, rows, conditions, seed=3)
-    np.testing.assert_array_equal(first, again[0])
-    whole = condition_means(tiny_screen, rows, conditions)
-    np.testing.assert_allclose((first + second) / 2, whole)  # 60 cells each: equal halves, no cell twice
-    assert 0 < np.abs(first - second).max() < 1.5
+    first, second = halves(tiny_screen, rows, conditions, seed=3)
+    np.testing.assert_array_equal(first, halves(tiny_screen, rows, conditions, seed=3)[0])
+    asked = np.flatnonzero(np.isin(tiny_screen.condition_n, [tiny_screen.conditions.index(c) for c in "AB"]))
+    np.testing.assert_array_equal(np.sort(np.concatenate([first, second])), asked)  # every cell once
+    assert len(first) == len(second) == 60
+    assert not np.array_equal(first, halves(tiny_screen, rows, conditions, seed=4)[0])
+
+
+def test_moments_are_those_of_numpy(tiny_adata, tiny_screen, rows):
+    normalised = tiny_adata.copy()
+    sc.pp.normalize_total(normalised, target_sum=1e4)
+    sc.pp.log1p(normalised)
+    of_b = normalised.X[tiny_adata.obs["target"].to_numpy() == "B"].toarray()
+    found = condition_moments(tiny_screen, rows, ["A+B", "B"])
+    np.testing.assert_allclose(found.mean_cg[1], of_b.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found.variance_cg[1], of_b.var(0, ddof=1), rtol=1e-4)
+    assert found.cells_c.tolist() == [60, 60]
+    one = moments(tiny_screen, rows[:1])
+    assert np.isnan(one.variance_cg).all() and np.isfinite(one.mean_cg).all(1).sum() == 1
+
+
+def test_cells_of_control_and_perturbed_mean_are_training_cells(tiny_screen, rows):
+    fitted = fit_baselines(tiny_screen, rows)
+    for name, whole in {"control mean": 100, "perturbed mean": 300}.items():
+        first, second = fitted[name].cells(["A", "D"], n_cells=10_000)
+        assert first.shape == (whole, 20)
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_allclose(first.mean(0), fitted[name].predict(["A"])[0])
+        assert len(fitted[name].cells(["A"], n_cells=7)[0]) == 7
+
+
+def _timed(adata):
+    adata.obs["day"] = np.where(np.arange(adata.n_obs) % 2, 3.0, 1.0)
+    return Screen(adata, time="day")
+
+
+def test_time_matched_mean_follows_the_times_of_the_asked_cells(tiny_adata):
+    screen = _timed(tiny_adata)
+    rows = np.arange(screen.n_cells)
+    day_n, perturbed_n = screen.time_n, screen.condition_n > 0
+    early, late = (_scanpy_mean(tiny_adata, perturbed_n & (day_n == day)) for day in (1.0, 3.0))
+    of_a = rows[screen.condition_n == screen.conditions.index("A")]
+    only_late = of_a[day_n[of_a] == 3.0]
+    np.testing.assert_allclose(TimeMatchedMean(screen, rows, only_late).predict(["A"])[0], late, rtol=1e-5)
+    share = (day_n[of_a] == 3.0).mean()
+    mixed = TimeMatchedMean(screen, rows, of_a).predict(["A"])[0]
+    np.testing.assert_allclose(mixed, share * late + (1 - share) * early, rtol=1e-5)
+    trained_early = rows[day_n == 1.0]  # the asked time was never trained on: the nearest one stands in
+    found = TimeMatchedMean(screen, trained_early, only_late).predict(["A"])[0]
+    np.testing.assert_allclose(found, early, rtol=1e-5)
+
+
+def test_time_matched_mean_says_what_it_needs(tiny_adata, tiny_screen, rows):
+    with pytest.raises(DataError, match="pass time="):
+        TimeMatchedMean(tiny_screen, rows, rows)
+    screen = _timed(tiny_adata)
+    with pytest.raises(DataError, match="no asked cells of 'A'"):
+        TimeMatchedMean(screen, rows, rows[screen.condition_n == 0]).predict(["A"])
+    with pytest.raises(DataError, match="needs perturbed cells"):
+        TimeMatchedMean(screen, rows[screen.condition_n == 0], rows)
 
 
 def test_errors_say_what_is_missing(tiny_screen, rows):
@@ -116,14 +168,12 @@ def test_errors_say_what_is_missing(tiny_screen, rows):
     with pytest.raises(DataError, match="has no cells of"):
         condition_means(tiny_screen, rows, ["A+C"])
     with pytest.raises(DataError, match="halves need 2"):
-        technical_duplicate(
-            tiny_screen, rows[tiny_screen.condition_n[rows] == 1][:1], [tiny_screen.conditions[1]]
-        )
+        halves(tiny_screen, rows[tiny_screen.condition_n[rows] == 1][:1], [tiny_screen.conditions[1]])
     with pytest.raises(DataError, match="unknown perturbation"):
         ControlMean.fit(tiny_screen, rows).predict(["ZZZ"])
 
 
-def test_without_control_cells_the_other_baselines_and_metrics_stay(tiny_screen, rows):
+def test_without_control_cells_the_other_baselines_stay(tiny_screen, rows):
     no_control = rows[tiny_screen.condition_n[rows] != 0]
     fitted = fit_baselines(tiny_screen, no_control)
     assert list(fitted) == ["perturbed mean", "matching mean"]
@@ -132,52 +182,3 @@ def test_without_control_cells_the_other_baselines_and_metrics_stay(tiny_screen,
         np.testing.assert_array_equal(baseline.predict(["A", "A+B"]), expected)
         with pytest.raises(DataError, match="needs control cells"):
             baseline.predict(["control"])
-    table = compare_means(np.ones((1, 4)), {"m": np.ones((1, 4))}, None, np.ones(4), ["a"])
-    assert table["metric"].tolist() == ["rmse", "pearson_perturbed"]
-
-
-def test_scores_in_closed_form():
-    control_g, perturbed_g = np.zeros(4), np.array([5.0, 0, 0, 0])
-    true_cg = np.array([[1.0, 2, 3, 4], [1, 0, 0, 1]])
-    predicted = {
-        "exact": true_cg,
-        "half": true_cg / 2,
-        "nothing": np.zeros((2, 4)),
-        "shared": np.tile(perturbed_g, (2, 1)),
-    }
-    table = compare_means(true_cg, predicted, control_g, perturbed_g, ["a", "b"])
-    value = table.set_index(["method", "condition", "metric"])["value"]
-    assert value["exact", "a", "rmse"] == 0
-    assert value["half", "a", "rmse"] == pytest.approx(np.sqrt(30 / 16))
-    assert value["half", "a", "pearson_control"] == pytest.approx(1)  # blind to scale
-    assert value["half", "a", "pearson_perturbed"] < 0.999  # sees scale
-    assert np.isnan(value["nothing", "a", "pearson_control"])
-    assert np.isnan(value["shared", "b", "pearson_perturbed"])
-    average = average_conditions(table).set_index(["method", "metric"])
-    assert average.loc[("half", "rmse"), "mean"] == pytest.approx((np.sqrt(30 / 16) + np.sqrt(2 / 16)) / 2)
-    assert average.loc[("nothing", "pearson_control"), "n_conditions"] == 0
-    assert list(dict.fromkeys(average.index.get_level_values(0))) == list(predicted)
-
-
-def test_perturbed_genes_are_not_scored(tiny_adata):
-    tiny_adata.var_names = ["A", *tiny_adata.var_names[1:]]
-    screen = Screen(tiny_adata)
-    scored_cg = other_genes(screen, ["A", "B", "A+B"])
-    assert scored_cg.sum(1).tolist() == [19, 20, 19]
-    true_cg = np.ones((3, 20))
-    wrong_cg = true_cg.copy()
-    wrong_cg[:, 0] = 99
-    zero_g = np.zeros(20)
-    table = compare_means(true_cg, {"m": wrong_cg}, zero_g, zero_g, ["A", "B", "A+B"], scored_cg)
-    rmse = table[table["metric"] == "rmse"].set_index("condition")["value"]
-    assert rmse["A"] == rmse["A+B"] == 0 < rmse["B"]
-
-
-def test_shapes_are_checked():
-    with pytest.raises(
-        DataError, match=r"model has shape \(1, 3\); expected \(conditions, genes\) = \(1, 4\)"
-    ):
-        compare_means(np.ones((1, 4)), {"model": np.ones((1, 3))}, np.ones(4), np.ones(4), ["a"])
-    assert isinstance(
-        compare_means(np.ones((1, 4)), {"m": np.ones((1, 4))}, np.ones(4), np.ones(4), ["a"]), pd.DataFrame
-    )

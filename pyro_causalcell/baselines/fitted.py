@@ -1,0 +1,119 @@
+"""Trained models and known truth as predictors."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyro_causalcell.baselines.means import log_cp10k
+from pyro_causalcell.data import Screen
+from pyro_causalcell.errors import DataError
+from pyro_causalcell.inference import Fit
+from pyro_causalcell.predict import predict
+
+__all__ = ["ModelPredictor", "Oracle"]
+
+
+class ModelPredictor:
+    """A trained fit as a predictor: the mean of cells drawn from its posterior predictive.
+
+    Args:
+        fit: The fit.
+        name: What tables and figures call it.
+        n_cells: Cells drawn for a mean. Their noise should not count beside that of the held-out cells.
+        seed: Seed of the draws.
+
+    Attributes:
+        seen_rows: Rows that the fit has looked at, in training or to know when to stop.
+    """
+
+    def __init__(self, fit: Fit, name: str = "model", n_cells: int = 2000, seed: int = 0):
+        self.fit, self.name, self.n_cells, self.seed = fit, name, n_cells, seed
+        self.seen_rows = np.union1d(fit.split.train, fit.split.validation)
+
+    def predict(self, conditions: Sequence[str]) -> NDArray[np.float64]:
+        """Mean expression of each condition, shape (c, g), in log1p CP10k."""
+        # One condition at a time: the cells of all of them may not fit in memory.
+        return np.stack([self._drawn(name, self.n_cells, self.seed).mean(0) for name in conditions])
+
+    def cells(self, conditions: Sequence[str], n_cells: int, seed: int = 0) -> list[NDArray[np.float64]]:
+        """Cells of each condition, drawn from the posterior predictive."""
+        return [self._drawn(name, n_cells, seed) for name in conditions]
+
+    def _drawn(self, condition: str, n_cells: int, seed: int) -> NDArray[np.float64]:
+        drawn = predict(self.fit, [condition], n_cells=n_cells, seed=seed)
+        x_ng = np.asarray(drawn.X, dtype=np.float64)
+        if not self.fit.screen.is_counts:
+            return x_ng
+        library_given = self.fit.screen.library is not None
+        return log_cp10k(x_ng, drawn.obs["library"].to_numpy() if library_given else x_ng.sum(1))
+
+
+class Oracle:
+    """The true process of a simulation as a predictor: new counts around the true expected ones.
+
+    Nothing is estimated; its error is the noise of the scored cells. No method can be expected to do better
+    but by chance.
+
+    Args:
+        screen: Simulated counts.
+        expected_ng: True expected counts of every cell of the screen, [n, g]
+            (``simulate.expected_counts``).
+        inverse_dispersion: Draw negative binomial instead of Poisson counts.
+        n_draws: New counts drawn for each cell.
+        seed: Seed of the draws.
+
+    Raises:
+        DataError: The screen holds no counts, or the expected counts are of another shape.
+    """
+
+    name = "oracle"
+
+    def __init__(
+        self,
+        screen: Screen,
+        expected_ng: NDArray[np.floating],
+        inverse_dispersion: float | None = None,
+        n_draws: int = 10,
+        seed: int = 0,
+    ):
+        shape = (screen.n_cells, screen.n_genes)
+        if expected_ng.shape != shape or not screen.is_counts:
+            raise DataError(
+                f"the oracle needs a screen of counts and expected counts of shape {shape}; found "
+                f"{'counts' if screen.is_counts else 'normalised values'} and shape {expected_ng.shape}."
+            )
+        self.screen, self.expected_ng, self.inverse_dispersion = screen, expected_ng, inverse_dispersion
+        self.n_draws, self.seed = n_draws, seed
+
+    def predict(self, conditions: Sequence[str]) -> NDArray[np.float64]:
+        """Mean expression of each condition, shape (c, g), in log1p CP10k.
+
+        Raises:
+            DataError: The screen has no cell of a condition.
+        """
+        rng = np.random.default_rng(self.seed)
+        means = []
+        for name in conditions:
+            rows = self._rows(name)
+            means.append(np.mean([self._drawn(rows, rng).mean(0) for _ in range(self.n_draws)], axis=0))
+        return np.stack(means)
+
+    def cells(self, conditions: Sequence[str], n_cells: int, seed: int = 0) -> list[NDArray[np.float64]]:
+        """New counts of at most ``n_cells`` cells of each condition."""
+        rng = np.random.default_rng(seed)
+        return [self._drawn(rng.permutation(self._rows(name))[:n_cells], rng) for name in conditions]
+
+    def _rows(self, condition: str) -> NDArray[np.int64]:
+        name = self.screen.canonical(condition)
+        if name not in self.screen.conditions:
+            raise DataError(f"the simulation has no cells of {condition!r}; leave it out.")
+        return np.flatnonzero(self.screen.condition_n == self.screen.conditions.index(name))
+
+    def _drawn(self, rows: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.float64]:
+        rate_ng = self.expected_ng[rows]
+        if self.inverse_dispersion is not None:
+            rate_ng = rate_ng * rng.gamma(self.inverse_dispersion, 1 / self.inverse_dispersion, rate_ng.shape)
+        x_ng = rng.poisson(rate_ng).astype(np.float64)
+        library_n = x_ng.sum(1) if self.screen.describe().library is None else self.screen.library_n[rows]
+        return log_cp10k(x_ng, library_n)

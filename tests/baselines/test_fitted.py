@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+
+from pyro_causalcell.baselines import ModelPredictor, Oracle, condition_means, log_cp10k, training_means
+from pyro_causalcell.data import Screen, held_out_combinations
+from pyro_causalcell.errors import DataError
+from pyro_causalcell.inference import fit
+from pyro_causalcell.predict import predict
+from pyro_causalcell.simulate import expected_counts, sparse_shift
+
+
+@pytest.fixture(scope="module")
+def trained(_tiny):
+    screen = Screen(_tiny)
+    settings = {"epochs": 3, "warm_start": 0, "n_latents": 3, "n_hidden": 16, "device": "cpu"}
+    split = held_out_combinations(screen, ["A+B"])
+    return fit("sparse-shift", None, screen, split=split, progress=False, **settings)
+
+
+def test_model_predicts_the_mean_of_its_cells(trained):
+    model = ModelPredictor(trained, "mine", n_cells=40, seed=2)
+    drawn = predict(trained, ["A+B"], n_cells=40, seed=2).X
+    np.testing.assert_allclose(model.predict(["B+A"])[0], log_cp10k(drawn, drawn.sum(1)).mean(0))
+    (cells,) = model.cells(["A+B"], n_cells=40, seed=2)
+    np.testing.assert_allclose(cells.mean(0), model.predict(["A+B"])[0])
+
+
+def test_model_knows_which_cells_it_has_seen(trained):
+    model = ModelPredictor(trained)
+    split = trained.split
+    np.testing.assert_array_equal(model.seen_rows, np.sort(np.r_[split.train, split.validation]))
+    assert len(split.validation) and not np.isin(split.test, model.seen_rows).any()
+
+
+@pytest.fixture(scope="module")
+def simulation():
+    """Simulated counts with known truth."""
+    return sparse_shift(
+        "clean", n_latents=3, n_genes=40, n_interventions=4, cells_per_intervention=300, n_control_cells=100
+    )
+
+
+def test_oracle_is_as_close_as_noise_allows(simulation):
+    screen = Screen(simulation, "target", "control")
+    oracle = Oracle(screen, expected_counts(simulation), seed=1)
+    names = screen.conditions[1:]
+    truth = condition_means(screen, np.arange(screen.n_cells), names)
+    error_c = np.abs(oracle.predict(names) - truth).mean(1)
+    shared = np.abs(training_means(screen, np.arange(screen.n_cells)).perturbed_g - truth).mean(1)
+    assert (error_c < 0.05).all() and (error_c < 0.2 * shared).all()
+    cells = oracle.cells(names, n_cells=50)
+    assert [x_ng.shape for x_ng in cells] == [(50, 40)] * 4
+
+
+def test_negative_binomial_oracle_has_more_zeros(simulation):
+    screen = Screen(simulation, "target", "control")
+    names, expected_ng = screen.conditions[1:2], expected_counts(simulation)
+    poisson, spread = (
+        (Oracle(screen, expected_ng, inverse_dispersion=theta).cells(names, 300)[0] == 0).mean()
+        for theta in (None, 0.5)
+    )
+    assert spread > poisson + 0.1
+
+
+def test_oracle_needs_counts_of_the_same_cells(simulation):
+    screen = Screen(simulation, "target", "control")
+    with pytest.raises(DataError, match=r"shape \(1300, 40\); found counts and shape \(5, 40\)"):
+        Oracle(screen, np.ones((5, 40)))
+    with pytest.raises(DataError, match="no cells of"):
+        Oracle(screen, expected_counts(simulation)).predict([f"{screen.targets[0]}+{screen.targets[1]}"])
