@@ -69,52 +69,120 @@ DEMO_EPOCHS = 60
 def simulate(
     out: Path,
     *,
-    preset: Literal["released", "paper", "clean"] = "released",
-    n_latents: int = 15,
-    n_genes: int = 100,
-    n_interventions: int = 100,
+    process: Literal["sparse-shift", "latent-scm", "screen"] = "sparse-shift",
+    seed: int = 0,
+    decoder_seed: int | None = None,
+    n_genes: int | None = None,
+    n_control_cells: int | None = None,
     n_train: int | None = None,
-    cells_per_intervention: int = 500,
-    n_control_cells: int = 0,
-    effect: float = 5.0,
-    sparsity: float | None = None,
-    n_targeted_latents: int | None = None,
+    effect: float | None = None,
     library_size: float | None = None,
     library_log_sd: float | None = None,
     inverse_dispersion: float | None = None,
-    seed: int = 0,
-    decoder_seed: int | None = None,
+    preset: Literal["released", "paper", "clean"] | None = None,
+    n_latents: int | None = None,
+    n_interventions: int | None = None,
+    cells_per_intervention: int | None = None,
+    sparsity: float | None = None,
+    n_targeted_latents: int | None = None,
+    n_responsive: int | None = None,
+    n_invariant: int | None = None,
+    n_perturbations: int | None = None,
+    n_combinations: int | None = None,
+    n_test: int | None = None,
+    cells_per_combination: int | None = None,
+    changes: Literal["sparse", "dense"] | None = None,
+    likelihood: Literal["none", "gaussian", "nb", "poisson"] | None = None,
+    noise_sd: float | None = None,
+    n_targets: int | None = None,
+    n_doubles: int | None = None,
+    cells_per_condition: int | None = None,
+    n_background: int | None = None,
+    controls: Path | None = None,
+    layer: str | None = None,
+    library: str | None = None,
+    n_embedding: int | None = None,
+    embedding_noise: float | None = None,
+    truth_draws: int | None = None,
 ) -> None:
     """Simulate a screen whose true programmes and effects are known.
 
     Args:
-        out: File to write (h5ad): counts, and the truth beside them.
-        preset: "released" is what the sVAE+ authors' code does, "paper" what they print, "clean" has a
-            varying library as real cells do.
-        n_latents: Programmes.
-        n_genes: Genes.
-        n_interventions: Perturbations.
-        n_train: Perturbations of the training set, the first ones; 80 % of them if not given.
-        cells_per_intervention: Cells of each perturbation.
-        n_control_cells: Unperturbed cells, named "control".
-        effect: Mean size of a shift, in standard deviations of a programme.
+        out: File to write (h5ad): cells, and the truth beside them.
+        process: "sparse-shift" (each perturbation moves a few programmes), "latent-scm" (perturbations change
+            how programmes act on each other) or "screen" (singles and doubles, each double of a known kind).
+        seed: Seed of every draw; the same seed gives the same file.
+        decoder_seed: Another seed for the map from programmes to genes (not for "screen").
+        n_genes: Genes; 100, 500 or 5,000 if not given.
+        n_control_cells: Unperturbed cells, named "control"; none for "sparse-shift" and 8,000 for "screen" if
+            not given.
+        n_train: Perturbations of the training set, the first ones, 80 % if not given ("sparse-shift");
+            training cells, 3,000 if not given ("latent-scm").
+        effect: Size of a shift, in standard deviations of a programme; 5, 2 or 2 if not given.
+        library_size: Median total count of a cell (preset "clean"; "latent-scm" with counts).
+        library_log_sd: Spread of the log total count (the same).
+        inverse_dispersion: Of negative binomial counts (preset "clean"; likelihood "nb").
+        preset: "released" (if not given) is what the sVAE+ authors' code does, "paper" what they print,
+            "clean" has a varying library as real cells do.
+        n_latents: Programmes; 15 if not given.
+        n_interventions: Perturbations; 100 if not given.
+        cells_per_intervention: Cells of each perturbation; 500 if not given.
         sparsity: Fraction of the programmes that a perturbation moves; one to three of them if not given.
         n_targeted_latents: Only the first so many programmes are ever moved.
-        library_size: Median total count of a cell (preset "clean").
-        library_log_sd: Spread of the log total count (preset "clean").
-        inverse_dispersion: Draw negative binomial instead of Poisson counts (preset "clean").
-        seed: Seed of every draw; the same seed gives the same file.
-        decoder_seed: Another seed for the map from programmes to genes.
+        n_responsive: Programmes that perturbations act on; 4 if not given.
+        n_invariant: Background programmes; 7 if not given.
+        n_perturbations: Perturbations; 12 if not given.
+        n_combinations: Held-out pairs of perturbations; 6 if not given.
+        n_test: Test cells; 1,000 if not given.
+        cells_per_combination: Cells of each pair; 100 if not given.
+        changes: "sparse" (if not given): a perturbation alters one or two programmes; "dense": all of them.
+        likelihood: "none" (if not given), "gaussian", "nb" or "poisson".
+        noise_sd: Standard deviation of the noise of likelihood "gaussian"; 0.2 if not given.
+        n_targets: Targets, all measured alone; 105 if not given.
+        n_doubles: Pairs of targets; 131 if not given.
+        cells_per_condition: Cells of each single and double; 410 if not given.
+        n_background: Background programmes; 5 if not given.
+        controls: Real control cells (h5ad file) whose means and dispersions are taken; those of Norman 2019
+            in the package if not given.
+        layer: Layer of that file with counts.
+        library: Column of obs of that file with total counts.
+        n_embedding: Length of a target's embedding; 32 if not given.
+        embedding_noise: Noise of the informative embeddings; 0.2 if not given.
+        truth_draws: Draws behind each true mean; 400 if not given.
     """
-    settings = {name: value for name, value in locals().items() if name not in ("out", "preset")}
-    _check_out(out)
-    from pyro_causalcell.simulate import sparse_shift
+    chosen = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("out", "process", "controls")
+    }
+    _check_out(out, *([controls] if controls else []))
+    from pyro_causalcell import simulate as rooms
+    from pyro_causalcell.data import read
 
-    adata = sparse_shift(preset, **settings)
+    simulators: dict[str, Callable[..., ad.AnnData]] = {
+        "sparse-shift": rooms.sparse_shift,
+        "latent-scm": rooms.latent_scm,
+        "screen": rooms.combination_screen,
+    }
+    run = simulators[process]
+    takes = set(inspect.signature(run).parameters)
+    foreign = sorted({*chosen, *(["controls"] if controls else [])} - takes)
+    if foreign:
+        raise DataError(
+            f"expected settings of process {process}, found {', '.join(f'--{_dashed(n)}' for n in foreign)}. "
+            f"Leave it out, or choose another process; this one takes {', '.join(sorted(takes))}."
+        )
+    adata = run(**chosen) if controls is None else run(**chosen, controls=read(controls))
     _write_h5ad(adata, out)
-    control = "--control control" if n_control_cells else "--no-controls"
-    print(f"{adata.n_obs:,} cells x {adata.n_vars} genes, {n_interventions} perturbations: {out}")
-    print(f"next: {PROGRAM} fit {out} --perturbation target {control} --latents {n_latents} --out run")
+    targets = adata.obs["target"].cat.categories
+    control = "--control control" if "control" in targets else "--no-controls"
+    said = sum(name != "control" for name in targets)
+    record = adata.uns["simulation"]
+    n_latents = record["shift_pk"].shape[1] if "shift_pk" in record else record["mean_ck"].shape[1]
+    print(f"{adata.n_obs:,} cells x {adata.n_vars} genes, {said} perturbations: {out}")
+    values = "" if record.get("noise_sd") is None else " --likelihood gaussian"
+    words = f"--perturbation target {control}{values} --latents {n_latents} --out run"
+    print(f"next: {PROGRAM} fit {out} {words}")
 
 
 def fit(
@@ -592,6 +660,7 @@ def report(
     data: Path,
     out: Path,
     *,
+    sbc: Path | None = None,
     particles: int = 200,
     seed: NonNegativeInt = 0,
     threads: PositiveInt | None = 1,
@@ -603,6 +672,7 @@ def report(
         run: Run folder of the fit.
         data: The fitted cells (h5ad file), all of them.
         out: Page to write (HTML). It holds everything and opens without a network.
+        sbc: Folder that the command sbc wrote for the same model, to show its results as well.
         particles: Draws per cell of the likelihood.
         seed: Seed of every random choice.
         threads: CPU threads; one is fastest for small models.
@@ -614,7 +684,7 @@ def report(
     from pyro_causalcell.report import write_report
 
     _use_threads(threads)
-    write_report(_load(run, device), read(data), out, n_particles=particles, seed=seed)
+    write_report(_load(run, device), read(data), out, sbc=sbc, n_particles=particles, seed=seed)
     print(f"report: {out}")
 
 
@@ -1105,10 +1175,16 @@ COMMANDS = {
         (),
         {
             "result": "out FILE.h5ad",
-            "what to simulate": "preset released|paper|clean, n_latents N, n_genes N, n_interventions N, "
-            "n_train N, cells_per_intervention N, n_control_cells N, effect X, sparsity X, "
-            "n_targeted_latents N, library_size X, library_log_sd X, inverse_dispersion X, seed N, "
-            "decoder_seed N",
+            "what to simulate": "process sparse-shift|latent-scm|screen, seed N, decoder_seed N, n_genes N, "
+            "n_control_cells N, n_train N, effect X, library_size X, library_log_sd X, inverse_dispersion X",
+            "process sparse-shift": "preset released|paper|clean, n_latents N, n_interventions N, "
+            "cells_per_intervention N, sparsity X, n_targeted_latents N",
+            "process latent-scm": "n_responsive N, n_invariant N, n_perturbations N, n_combinations N, "
+            "n_test N, cells_per_combination N, changes sparse|dense, likelihood none|gaussian|nb|poisson, "
+            "noise_sd X",
+            "process screen": "n_targets N, n_doubles N, cells_per_condition N, n_background N, "
+            "controls FILE.h5ad, layer LAYER, library COLUMN, n_embedding N, embedding_noise X, "
+            "truth_draws N",
         },
     ),
     "fit": _Command(
@@ -1181,7 +1257,11 @@ COMMANDS = {
     "report": _Command(
         report,
         ("run", "data"),
-        {"result": "out FILE.html", "how": "particles N, seed N, threads N, device auto|cpu|cuda"},
+        {
+            "result": "out FILE.html",
+            "evidence": "sbc FOLDER, particles N",
+            "how": "seed N, threads N, device auto|cpu|cuda",
+        },
     ),
     "compare": _Command(
         compare,

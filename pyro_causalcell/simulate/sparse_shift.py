@@ -1,88 +1,36 @@
 """The sparse-shift count simulator: interventions that each move a few latent programmes of a cell."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import anndata
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_causalcell.errors import DataError
+from pyro_causalcell.simulate.decoder import (
+    CONTROL,
+    Decoder,
+    as_tensor,
+    check_at_least,
+    numbered,
+    random_weights,
+    raw_logits,
+    simulation_record,
+    stream,
+)
 
-__all__ = ["Decoder", "Preset", "expected_counts", "out_of_domain", "sparse_shift"]
+__all__ = ["Preset", "out_of_domain", "sparse_shift"]
 
 Preset = Literal["released", "paper", "clean"]
-CONTROL = "control"
 
-_HIDDEN = 40
-SLOPE = 0.2
 _EFFECT_SD = 0.5
 _GENE_TOTAL = 1e6  # released: expected total of every gene over all perturbed cells
 _PAPER_LIBRARY = 1e5
 _CLEAN_LIBRARY = 2000.0
 _CLEAN_LOG_SD = 0.4
-
-# One random stream per purpose, so that a changed setting leaves the other draws alone.
-_STREAMS = ("decoder", "graph", "shift", "latent", "library", "count", "control", "out_of_domain")
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """The true map from latents to expected counts, p(x | z).
-
-    A bias-free network of three hidden layers of 40 units with LeakyReLU(0.2). Its logits are divided by one
-    number, ``logit_scale``. Then either ``log rate = logits + log_offset_g`` (released: the constants of a
-    softmax over cells), or ``log rate = log library + log softmax over genes``.
-
-    Attributes:
-        weights: four matrices, [in, out] each, float64.
-        logit_scale: standard deviation of the raw logits over the simulated data set.
-        log_offset_g: constants of the softmax over cells, or None for a softmax over genes.
-        inverse_dispersion: negative binomial inverse dispersion, or None for Poisson counts.
-    """
-
-    weights: tuple[Tensor, ...]
-    logit_scale: float
-    log_offset_g: Tensor | None
-    inverse_dispersion: float | None
-
-    @classmethod
-    def from_anndata(cls, adata: anndata.AnnData) -> "Decoder":
-        """Reads the decoder back from a simulated AnnData.
-
-        Raises:
-            DataError: if the data were not made by :func:`sparse_shift`, or genes were removed.
-        """
-        record = simulation_record(adata)
-        hidden = [as_tensor(record["decoder"][f"hidden_{i}"]) for i in range(3)]
-        offset = as_tensor(adata.var["log_offset"].to_numpy()) if "log_offset" in adata.var else None
-        dispersion = record.get("inverse_dispersion")
-        return cls(
-            weights=(*hidden, as_tensor(adata.varm["decoder_output"]).T),
-            logit_scale=float(record["logit_scale"]),
-            log_offset_g=offset,
-            inverse_dispersion=None if dispersion is None else float(dispersion),
-        )
-
-    def log_rate(self, z_nk: Tensor, log_library_n: Tensor) -> Tensor:
-        """Log of the expected counts.
-
-        Args:
-            z_nk: latents, any leading shape.
-            log_library_n: log library, the leading shape of ``z_nk``; not used when ``log_offset_g`` is set.
-
-        Returns:
-            Tensor of the leading shape by genes.
-        """
-        logits = raw_logits(self.weights, z_nk) / self.logit_scale
-        if self.log_offset_g is not None:
-            return logits + self.log_offset_g
-        return logits.log_softmax(-1) + log_library_n[..., None]
 
 
 def sparse_shift(
@@ -154,32 +102,30 @@ def sparse_shift(
     modeling, 2023, appendix C; the preset "released" follows their published code.
     """
     n_train = round(0.8 * n_interventions) if n_train is None else n_train
-    _check_settings(
-        preset, n_latents, n_genes, n_interventions, n_train, cells_per_intervention, n_control_cells
-    )
+    _check_settings(preset, n_latents, n_interventions, n_train, cells_per_intervention, n_control_cells)
     _check_interventions(n_latents, effect, sparsity, n_targeted_latents)
     _check_clean_only(preset, library_size, library_log_sd, inverse_dispersion)
 
-    names = _names("intervention", n_interventions)
+    names = numbered("intervention", n_interventions)
     graph_pk = _draw_graph(
-        _stream(seed, "graph"), n_interventions, n_latents, sparsity, n_targeted_latents, preset == "released"
+        stream(seed, "graph"), n_interventions, n_latents, sparsity, n_targeted_latents, preset == "released"
     )
-    shift_pk = _draw_shifts(_stream(seed, "shift"), graph_pk, effect)
+    shift_pk = _draw_shifts(stream(seed, "shift"), graph_pk, effect)
     row_n = np.repeat(np.arange(n_interventions), cells_per_intervention)
-    z_nk = shift_pk[row_n] + _stream(seed, "latent").standard_normal((row_n.size, n_latents))
+    z_nk = shift_pk[row_n] + stream(seed, "latent").standard_normal((row_n.size, n_latents))
 
     decoder_seed = seed if decoder_seed is None else decoder_seed
-    weights = _draw_weights(_stream(decoder_seed, "decoder"), n_latents, n_genes)
+    weights = random_weights(stream(decoder_seed, "decoder"), n_latents, n_genes)
     decoder = _scaled_decoder(weights, z_nk, preset, inverse_dispersion)
     median = library_size or (_CLEAN_LIBRARY if preset == "clean" else _PAPER_LIBRARY)
     log_sd = (_CLEAN_LOG_SD if library_log_sd is None else library_log_sd) if preset == "clean" else 0.0
-    cells = _draw_cells(decoder, z_nk, median, log_sd, _stream(seed, "library"), _stream(seed, "count"))
+    cells = _draw_cells(decoder, z_nk, median, log_sd, stream(seed, "library"), stream(seed, "count"))
     target_n = np.array(names, dtype=object)[row_n]
     split_n = np.where(row_n < n_train, "train", "heldout").astype(object)
     if n_control_cells:
-        stream = _stream(seed, "control")
+        rng = stream(seed, "control")
         controls = _draw_cells(
-            decoder, stream.standard_normal((n_control_cells, n_latents)), median, log_sd, stream, stream
+            decoder, rng.standard_normal((n_control_cells, n_latents)), median, log_sd, rng, rng
         )
         cells = cells.followed_by(controls)
         target_n = np.append(target_n, np.full(n_control_cells, CONTROL, dtype=object))
@@ -232,7 +178,7 @@ def out_of_domain(
 
     Source: the protocol of tables 7 and 8 of Lopez et al. 2023, without drawing a new decoder.
     """
-    record = simulation_record(adata)
+    record = simulation_record(adata, "sparse_shift")
     decoder = Decoder.from_anndata(adata)
     preset = record["preset"]
     n_latents = int(record["n_latents"])
@@ -241,17 +187,17 @@ def out_of_domain(
     targetable = record.get("n_targeted_latents")
     per = int(record["cells_per_intervention"]) if cells_per_intervention is None else cells_per_intervention
     _check_interventions(n_latents, effect, sparsity, targetable)
-    _check_at_least("n_interventions", n_interventions, 1)
-    _check_at_least("cells_per_intervention", per, 1)
+    check_at_least("n_interventions", n_interventions, 1)
+    check_at_least("cells_per_intervention", per, 1)
 
-    stream = _stream(seed, "out_of_domain")
-    names = _names("ood", n_interventions)
-    graph_pk = _draw_graph(stream, n_interventions, n_latents, sparsity, targetable, preset == "released")
-    shift_pk = _draw_shifts(stream, graph_pk, effect)
+    rng = stream(seed, "out_of_domain")
+    names = numbered("ood", n_interventions)
+    graph_pk = _draw_graph(rng, n_interventions, n_latents, sparsity, targetable, preset == "released")
+    shift_pk = _draw_shifts(rng, graph_pk, effect)
     row_n = np.repeat(np.arange(n_interventions), per)
-    z_nk = shift_pk[row_n] + stream.standard_normal((row_n.size, n_latents))
+    z_nk = shift_pk[row_n] + rng.standard_normal((row_n.size, n_latents))
     median = float(record.get("library_size", 1.0))
-    cells = _draw_cells(decoder, z_nk, median, float(record.get("library_log_sd", 0.0)), stream, stream)
+    cells = _draw_cells(decoder, z_nk, median, float(record.get("library_log_sd", 0.0)), rng, rng)
     kept = {key: record[key] for key in record if key not in ("shift_pk", "graph_pk", "decoder")}
     settings = kept | {
         "n_train": 0,
@@ -265,53 +211,6 @@ def out_of_domain(
     new = _assemble(cells, target_n, split_n, names, shift_pk, graph_pk, decoder, settings)
     new.var_names = adata.var_names.copy()
     return new
-
-
-def expected_counts(adata: anndata.AnnData, rows: NDArray[Any] | None = None) -> NDArray[np.float64]:
-    """The true expected counts of simulated cells given their true latents.
-
-    Args:
-        adata: result of :func:`sparse_shift` or :func:`out_of_domain`.
-        rows: cell numbers or a boolean mask; all cells if None.
-
-    Returns:
-        Array [rows, genes].
-
-    Raises:
-        DataError: if ``adata`` holds no simulation.
-    """
-    decoder = Decoder.from_anndata(adata)
-    rows = np.arange(adata.n_obs) if rows is None else np.asarray(rows)
-    log_library_n = as_tensor(np.log(adata.obs["library_true"].to_numpy()[rows]))
-    return decoder.log_rate(as_tensor(adata.obsm["z"][rows]), log_library_n).exp().numpy()
-
-
-def simulation_record(adata: anndata.AnnData) -> dict[str, Any]:
-    """The settings and truth a simulation left in uns["simulation"].
-
-    Raises:
-        DataError: if there is none, or if genes were removed since.
-    """
-    record = adata.uns.get("simulation")
-    if not isinstance(record, Mapping) or "shift_pk" not in record:
-        raise DataError(
-            "expected data made by simulate.sparse_shift, found no truth in uns['simulation']. "
-            "Pass the AnnData the simulator returned, or the file it was written to."
-        )
-    if adata.n_vars != int(record["n_genes"]):
-        raise DataError(
-            f"expected the {int(record['n_genes'])} simulated genes, found {adata.n_vars}. "
-            "The true model needs all of them: pass the AnnData before genes were selected."
-        )
-    return dict(record)
-
-
-def raw_logits(weights: Sequence[Tensor], z_nk: Tensor) -> Tensor:
-    """Output of the network before scaling, [..., genes]."""
-    hidden = z_nk
-    for weight in weights[:-1]:
-        hidden = torch.nn.functional.leaky_relu(hidden @ weight, SLOPE)
-    return hidden @ weights[-1]
 
 
 @dataclass(frozen=True)
@@ -328,20 +227,6 @@ class _Cells:
             np.concatenate([self.z_nk, other.z_nk]),
             np.concatenate([self.library_n, other.library_n]),
         )
-
-
-def _stream(seed: int, purpose: str) -> np.random.Generator:
-    key = (_STREAMS.index(purpose),)
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
-
-
-def as_tensor(array: Any) -> Tensor:
-    return torch.as_tensor(np.array(array, dtype=np.float64))
-
-
-def _names(prefix: str, n: int) -> list[str]:
-    width = max(2, len(str(n - 1)))
-    return [f"{prefix}_{i:0{width}d}" for i in range(n)]
 
 
 def _draw_graph(
@@ -372,17 +257,6 @@ def _draw_shifts(rng: np.random.Generator, graph_pk: NDArray[np.bool_], effect: 
     return np.where(graph_pk, size_pk * rng.choice([-1.0, 1.0], graph_pk.shape), 0.0)
 
 
-def _draw_weights(rng: np.random.Generator, n_latents: int, n_genes: int) -> tuple[Tensor, ...]:
-    """Random matrices with orthonormal rows, so that the network is injective."""
-    sizes = (n_latents, _HIDDEN, _HIDDEN, _HIDDEN, n_genes)
-    weights = []
-    for fan_in, fan_out in pairwise(sizes):
-        q, r = np.linalg.qr(rng.standard_normal((fan_out, fan_in)))
-        gain = np.sqrt(2 / (1 + SLOPE**2)) * np.sqrt(2 / (fan_in + fan_out))
-        weights.append(as_tensor((q * np.sign(np.diag(r))).T * gain))
-    return tuple(weights)
-
-
 def _scaled_decoder(
     weights: tuple[Tensor, ...], z_nk: NDArray[np.float64], preset: Preset, inverse_dispersion: float | None
 ) -> Decoder:
@@ -402,12 +276,8 @@ def _draw_cells(
     count_rng: np.random.Generator,
 ) -> _Cells:
     log_library_n = np.log(median) + log_sd * library_rng.standard_normal(len(z_nk))
-    rate_ng = decoder.log_rate(as_tensor(z_nk), as_tensor(log_library_n)).exp().numpy()
-    mean_ng = rate_ng
-    if decoder.inverse_dispersion is not None:
-        theta = decoder.inverse_dispersion
-        mean_ng = rate_ng * count_rng.gamma(theta, 1 / theta, rate_ng.shape)
-    return _Cells(count_rng.poisson(mean_ng).astype(np.int32), z_nk, rate_ng.sum(1))
+    log_rate_ng = decoder.output(as_tensor(z_nk), as_tensor(log_library_n))
+    return _Cells(decoder.counts(log_rate_ng, count_rng), z_nk, log_rate_ng.exp().sum(1).numpy())
 
 
 def _assemble(
@@ -430,35 +300,22 @@ def _assemble(
         index=[f"cell_{i:0{len(str(n_cells - 1))}d}" for i in range(n_cells)],
     )
     var = pd.DataFrame(index=[f"gene_{i:0{len(str(n_genes - 1))}d}" for i in range(n_genes)])
-    if decoder.log_offset_g is not None:
-        var["log_offset"] = decoder.log_offset_g.numpy()
     record = {key: value for key, value in settings.items() if value is not None} | {
-        "logit_scale": decoder.logit_scale,
+        "process": "sparse_shift",
         "interventions": np.array(names, dtype=object),
         "n_interventions": len(names),
         "shift_pk": shift_pk,
         "graph_pk": graph_pk,
-        "decoder": {f"hidden_{i}": weight.numpy() for i, weight in enumerate(decoder.weights[:-1])},
     }
-    return anndata.AnnData(
-        X=cells.x_ng,
-        obs=obs,
-        var=var,
-        obsm={"z": cells.z_nk},
-        varm={"decoder_output": np.ascontiguousarray(decoder.weights[-1].T.numpy())},
-        uns={"simulation": record},
-    )
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise DataError(f"expected {name} of at least {least}, found {value}. Pass a larger {name}.")
+    uns = {"simulation": record}
+    adata = anndata.AnnData(X=cells.x_ng, obs=obs, var=var, obsm={"z": cells.z_nk}, uns=uns)
+    decoder.write(adata)
+    return adata
 
 
 def _check_settings(
     preset: str,
     n_latents: int,
-    n_genes: int,
     n_interventions: int,
     n_train: int,
     cells_per_intervention: int,
@@ -468,15 +325,10 @@ def _check_settings(
         raise DataError(
             f"expected a preset of {list(get_args(Preset))}, found {preset!r}. Pass one of these."
         )
-    _check_at_least("n_latents", n_latents, 1)
-    _check_at_least("n_interventions", n_interventions, 1)
-    _check_at_least("cells_per_intervention", cells_per_intervention, 1)
-    _check_at_least("n_control_cells", n_control_cells, 0)
-    if n_latents > _HIDDEN or n_genes < _HIDDEN:
-        raise DataError(
-            f"expected at most {_HIDDEN} latents and at least {_HIDDEN} genes, found {n_latents} and "
-            f"{n_genes}. The decoder would not be injective: change n_latents or n_genes."
-        )
+    check_at_least("n_latents", n_latents, 1)
+    check_at_least("n_interventions", n_interventions, 1)
+    check_at_least("cells_per_intervention", cells_per_intervention, 1)
+    check_at_least("n_control_cells", n_control_cells, 0)
     if not 0 <= n_train <= n_interventions:
         raise DataError(
             f"expected n_train between 0 and n_interventions = {n_interventions}, found {n_train}. "

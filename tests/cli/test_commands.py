@@ -37,6 +37,50 @@ def test_simulate_names_the_setting_that_does_not_fit(cli: Run) -> None:
     assert not Path("S.h5ad").exists()
 
 
+@pytest.mark.parametrize(
+    ("process", "words", "cells", "said"),
+    [
+        (
+            "latent-scm",
+            "--n-genes 40 --n-train 130 --n-test 26 --n-combinations 1 --cells-per-combination 5",
+            161,
+            ("13 perturbations", "--control control --likelihood gaussian --latents 11"),
+        ),
+        (
+            "screen",
+            "--n-genes 60 --n-targets 7 --n-doubles 0 --cells-per-condition 3 --n-control-cells 9",
+            30,
+            ("7 perturbations", "--control control --latents 7"),
+        ),
+    ],
+)
+def test_simulate_chooses_a_process(cli: Run, process: str, words: str, cells: int, said: Any) -> None:
+    result = cli("simulate", "--process", process, *words.split(), "--out", "S.h5ad")
+    assert (result.code, result.err) == (0, [])
+    adata = ad.read_h5ad("S.h5ad")
+    assert adata.n_obs == cells and adata.uns["simulation"]["simulated"]
+    for line, part in zip(result.out, said, strict=True):
+        assert part in line
+
+
+def test_simulate_takes_real_control_cells(cli: Run) -> None:
+    counts = np.random.default_rng(0).poisson(3.0, (50, 20)).astype(np.float32)
+    ad.AnnData(np.zeros((50, 20)), layers={"counts": counts}).write_h5ad("C.h5ad")
+    words = "--process screen --n-targets 7 --n-doubles 0 --n-genes 20 --cells-per-condition 2".split()
+    words += "--n-control-cells 400 --controls C.h5ad --layer counts".split()
+    assert cli("simulate", *words, "--out", "S.h5ad").code == 0
+    adata = ad.read_h5ad("S.h5ad")
+    assert adata.X[:400].mean() == pytest.approx(3.0, rel=0.05)
+
+
+def test_simulate_refuses_settings_of_another_process(cli: Run) -> None:
+    result = cli("simulate", "--process", "screen", "--n-latents", 3, "--out", "S.h5ad")
+    assert result.code == 2 and "--n-latents" in result.err[0] and "n_doubles" in result.err[0]
+    result = cli("simulate", "--controls", "C.h5ad", "--out", "S.h5ad")
+    assert result.code == 2 and "--controls" in result.err[0]
+    assert not Path("S.h5ad").exists()
+
+
 def test_fit_keeps_what_was_asked_for(cli: Run, fit_words: Run) -> None:
     result = cli(
         *fit_words("new/run", "--batch", "batch", "--likelihood", "poisson", "--seed", 5),

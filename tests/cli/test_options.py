@@ -14,7 +14,7 @@ from pyro_causalcell import cli as room
 from pyro_causalcell import inference
 from pyro_causalcell.data import Screen
 from pyro_causalcell.inference import Fit
-from pyro_causalcell.simulate import sparse_shift
+from pyro_causalcell.simulate import combination_screen, latent_scm, sparse_shift
 
 Run = Callable[..., Any]
 
@@ -38,9 +38,24 @@ def test_settings_of_the_screen_are_those_of_the_library() -> None:
 
 
 def test_settings_of_the_simulator_are_those_of_the_library() -> None:
+    """An option that is not given is left to the simulator, and every setting of a simulator is an option."""
     here = defaults(room.simulate)
-    del here["out"]
-    assert here == defaults(sparse_shift)
+    del here["out"], here["process"]
+    settings = [defaults(simulator) for simulator in (sparse_shift, latent_scm, combination_screen)]
+    assert set(here) == set().union(*settings)
+    assert here.pop("seed") == 0 and {chosen["seed"] for chosen in settings} == {0}
+    assert set(here.values()) == {None}
+
+
+def test_help_of_the_simulator_says_what_an_option_is_if_not_given() -> None:
+    text = " ".join((inspect.getdoc(room.simulate) or "").split())
+    settings = [defaults(simulator) for simulator in (sparse_shift, latent_scm, combination_screen)]
+    for name in set().union(*settings) - {"seed", "n_control_cells", "preset", "changes", "likelihood"}:
+        values = [chosen[name] for chosen in settings if chosen.get(name) is not None]
+        said = re.search(rf" {name}: (.*?)( \w+: |$)", text)
+        assert said is not None
+        for value in values:
+            assert f"{value:,}".removesuffix(".0") in said[1], name
 
 
 def test_every_argument_has_an_option_and_a_line_of_help(
