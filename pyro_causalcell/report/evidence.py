@@ -1,6 +1,6 @@
 """Everything the page shows, computed from a fit and its cells."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,21 +13,36 @@ from pyro import poutine
 from pyro_causalcell.baselines import ModelPredictor, score_predictors
 from pyro_causalcell.data import Minibatches, Screen
 from pyro_causalcell.errors import DataError, PredictionError
-from pyro_causalcell.evaluate.checks import check
+from pyro_causalcell.evaluate.audit import Audit, audit
+from pyro_causalcell.evaluate.calibration import Calibration, calibration
+from pyro_causalcell.evaluate.checks import OF_COUNTS, OF_NORMALISED, check
+from pyro_causalcell.evaluate.draws import draw_globals, replicates
 from pyro_causalcell.evaluate.likelihood import iw_nll
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.posterior import is_local, sample_sites
-from pyro_causalcell.predict import effects, graph, programme_names, replicate
-from pyro_causalcell.report.replicates import compare_replicates, coverage
+from pyro_causalcell.predict import effects, graph, programme_names
+from pyro_causalcell.report.replicates import Moments
 
-__all__ = ["Cells", "Evidence", "control_rows", "gather", "programme_genes", "scored_means"]
+__all__ = ["ALL_CELLS", "Cells", "Evidence", "control_rows", "gather", "programme_genes", "scored_means"]
 
 INTERVAL = 0.9
+ALL_CELLS = "all cells"
+"""Name of the group that holds every checked cell."""
 _CHECKED = 2000  # cells of the predictive checks: more do not change the picture
+_CALIBRATED = 1000  # cells whose intervals are measured: a class's coverage is then known to half a point
 _WEIGHED = 500  # cells of the importance-weighted likelihood, the slowest part
-_REPLICATES = 25
+_REPLICATES = 50  # p-values in steps of 2 %
+_DRAWS = 100  # of each cell, for its intervals
 _MANY = 20  # held-out cells a condition needs before its mean is worth predicting
-_METRICS = ["rmse", "pearson_control", "pearson_perturbed"]  # the page's three; ``compare`` has them all
+_METRICS = [  # one of each kind; ``compare`` has them all
+    "rmse",
+    "pearson_control",
+    "pearson_perturbed",
+    "r2_effects",
+    "weighted_r2_train",
+    "centroid_accuracy",
+    "discrimination_cosine",
+]
 _DRAWN = 2000  # cells drawn from the model for a condition's mean: their noise must not count
 
 
@@ -64,8 +79,11 @@ class Evidence:
         scores: Columns method, condition, metric, value; empty if no condition has enough cells.
         checked: Cells of the predictive checks.
         checks: Arguments of ``plot.predictive_checks``.
-        check_table: What ``evaluate.check`` returns.
-        coverage: Columns values, nominal, observed.
+        check_table: What ``evaluate.check`` returns, of all cells together and then of each condition.
+        n_replicates: Replicated data sets of the predictive checks.
+        calibrated: Cells of the calibration.
+        calibration: What ``evaluate.calibration`` returns for them.
+        audit: What the design can identify, with the fit's own graph.
         weighed: Cells of the likelihood.
         likelihood: nll, pareto_k, ess and mc_se of each.
         n_particles: Draws per cell of the likelihood.
@@ -79,7 +97,10 @@ class Evidence:
     checked: Cells
     checks: dict[str, NDArray[np.float64]]
     check_table: pd.DataFrame
-    coverage: pd.DataFrame
+    n_replicates: int
+    calibrated: Cells
+    calibration: Calibration
+    audit: Audit
     weighed: Cells
     likelihood: xr.Dataset
     n_particles: int
@@ -102,9 +123,9 @@ def gather(fit: Fit, screen: Screen, n_particles: int, seed: int) -> Evidence:
     likely = [
         p for p in dict.fromkeys(edges.loc[edges["probability"] > 0.5, "perturbation"]) if p in screen.targets
     ]
-    checked = held_out.sample(_CHECKED, seed)
-    weighed = held_out.sample(_WEIGHED, seed)
-    checks, table, covered = _checks(fit, screen, checked.rows, likely, seed)
+    checked, weighed = held_out.sample(_CHECKED, seed), held_out.sample(_WEIGHED, seed)
+    calibrated = held_out.sample(_CALIBRATED, seed)
+    checks, table = _checks(fit, screen, checked.rows, seed)
     return Evidence(
         graph=edges,
         loadings=programme_genes(fit, screen, seed=seed),
@@ -114,7 +135,10 @@ def gather(fit: Fit, screen: Screen, n_particles: int, seed: int) -> Evidence:
         checked=checked,
         checks=checks,
         check_table=table,
-        coverage=covered,
+        n_replicates=_REPLICATES,
+        calibrated=calibrated,
+        calibration=calibration(fit, screen, calibrated.rows, n_samples=_DRAWS, seed=seed),
+        audit=_audit(fit, screen, edges, seed),
         weighed=weighed,
         likelihood=iw_nll(fit, screen, weighed.rows, n_particles=n_particles, seed=seed),
         n_particles=n_particles,
@@ -146,28 +170,31 @@ def _held_out(fit: Fit, screen: Screen) -> Cells:
 
 
 def _checks(
-    fit: Fit, screen: Screen, rows: NDArray[np.int64], likely: list[str], seed: int
-) -> tuple[dict[str, NDArray[np.float64]], pd.DataFrame, pd.DataFrame]:
-    observed_ng, condition_n = screen.x(rows), screen.condition_n[rows]
-    compared = compare_replicates(observed_ng, _replicates(fit, screen, rows, seed), condition_n, seed)
-    table = check(
-        observed_ng, _replicates(fit, screen, rows, seed), condition_n, screen.conditions, interval=INTERVAL
-    )
-    u_cp = screen.design([screen.conditions[c] for c in compared.condition_c])
-    hit_c = (u_cp[:, np.isin(screen.targets, likely)] != 0).any(1)
-    transforms = {
-        "values of single cells": compared.pit_ng,
-        "means of conditions with a likely effect": compared.pit_cg[hit_c],
-        "means of the other conditions": compared.pit_cg[~hit_c],
-    }
-    return compared.checks, table, coverage(transforms)
-
-
-def _replicates(
     fit: Fit, screen: Screen, rows: NDArray[np.int64], seed: int
-) -> Iterator[NDArray[np.float32]]:
-    """Copies of the cells one at a time, so that few are in memory."""
-    return (replicate(fit, screen, rows, n_samples=1, seed=seed + s)[0] for s in range(_REPLICATES))
+) -> tuple[dict[str, NDArray[np.float64]], pd.DataFrame]:
+    """Moments, and statistics of all cells and of each condition; replicates pass by one at a time."""
+    observed_ng, condition_n = screen.x(rows), screen.condition_n[rows]
+    statistic = OF_COUNTS if screen.is_counts else OF_NORMALISED
+    draws, moments = draw_globals(fit, _REPLICATES, seed), Moments(observed_ng, condition_n)
+
+    def table(
+        copies: Iterable[NDArray[np.float32]], group_n: NDArray[np.int64], names: list[str]
+    ) -> pd.DataFrame:
+        return check(observed_ng, copies, group_n, names, statistic=statistic, interval=INTERVAL)
+
+    first, again = (replicates(fit, screen, rows, draws, _REPLICATES, seed) for _ in range(2))
+    tables = [
+        table(moments.watch(first), np.zeros_like(condition_n), [ALL_CELLS]),
+        table(again, condition_n, screen.conditions),
+    ]
+    return moments.arrays(), pd.concat(tables, ignore_index=True)
+
+
+def _audit(fit: Fit, screen: Screen, edges: pd.DataFrame, seed: int) -> Audit:
+    """With the fit's graph, or without one for a model that has none."""
+    if edges.empty:
+        return audit(screen, len(programme_names(fit)), rows=fit.split.train, seed=seed)
+    return audit(screen, fit=fit, seed=seed)
 
 
 def control_rows(fit: Fit, screen: Screen) -> NDArray[np.int64]:

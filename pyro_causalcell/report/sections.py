@@ -7,11 +7,15 @@ import pandas as pd
 import xarray as xr
 
 from pyro_causalcell import plot
-from pyro_causalcell.baselines import average_conditions
+from pyro_causalcell.baselines import Comparison, average_conditions
+from pyro_causalcell.baselines.compare import CEILING, FLOOR, MEASURES
+from pyro_causalcell.evaluate import Audit, Calibration
 from pyro_causalcell.report import html
-from pyro_causalcell.report.summary import join, plain, shared_programmes
+from pyro_causalcell.report.ranks import Ranks
+from pyro_causalcell.report.summary import decimals, dispersion_sentence, join, plain, shared_programmes
 
 __all__ = [
+    "audit_section",
     "calibration_section",
     "checks_section",
     "comparison_section",
@@ -19,12 +23,16 @@ __all__ = [
     "graph_section",
     "likelihood_section",
     "programmes_section",
+    "ranks_section",
     "settings_section",
     "summary_section",
     "training_section",
 ]
 
 _SHOWN = 60  # perturbations drawn before those without an edge are left to the table
+_LISTED = 10  # genes of a perturbation in the table of effects
+_DRAWN = ["rmse", "pearson_control", "pearson_perturbed"]  # metrics with a panel of their own
+_SYMBOLS = {"ok": "✓ ok", "warning": "! warning", "fails": "✗ fails", "unknown": "? unknown"}
 
 
 def summary_section(
@@ -93,9 +101,15 @@ def graph_section(graph: pd.DataFrame) -> str:
     else:
         picture = html.figure(plot.graph_heatmap(drawn), caption)
     rows = graph.sort_values("probability", ascending=False, kind="stable")
+    text = (
+        "Every perturbation with every programme. Type a name to see its rows alone; a click at a column's "
+        "head sorts. Distrust an effect whose probability is low: it says how far the shift would be if it "
+        "were there."
+    )
     rows = rows.rename(columns={"effect_sd": "effect s.d."})
     formats = {"probability": "{:.3f}".format, "effect": "{:+.2f}".format, "effect s.d.": "{:.2f}".format}
-    return picture + "<h3>All edges</h3>" + html.table(rows, formats)
+    label = "Filter by perturbation or programme"
+    return picture + "<h3>All edges</h3>" + html.paragraph(text) + html.table(rows, formats, label=label)
 
 
 def programmes_section(loadings: pd.DataFrame, graph: pd.DataFrame) -> str:
@@ -147,59 +161,284 @@ def effects_section(effects: xr.Dataset | None, interval: float, *, controls: bo
     if effects is None:
         return body + html.paragraph("There are none.")
     conditions = [str(c) for c in effects["condition"].values]
-    figures = [html.figure(plot.effect_intervals(effects, c), f"{c} against {against}") for c in conditions]
+    figures = [
+        html.figure(plot.effect_intervals(effects, c), f"{c} against {against}", name=c) for c in conditions
+    ]
     first, rest = figures[:9], figures[9:]
     more = html.details(f"{len(rest)} more perturbations", html.figure_row(rest)) if rest else ""
-    return body + html.figure_row(first) + more
+    rows = html.table(_strongest(effects), {name: "{:+.2f}".format for name in _ENDS}, label="")
+    unit = effects.attrs.get("gene_units", "log2 fold change")
+    text = (
+        f"The {_LISTED} genes that each perturbation changes most surely, in {unit}. Where the interval "
+        "holds zero, not even the direction is known."
+    )
+    listed = f"<h3>The same in numbers</h3>{html.paragraph(text)}{rows}"
+    return body + html.filtered(html.figure_row(first) + more + listed, "Filter by perturbation or gene")
 
 
-def checks_section(checks: Mapping[str, np.ndarray], table: pd.DataFrame, unit: str, cells: str) -> str:
+_ENDS = {"effect": "gene_effect", "lower end": "gene_low", "upper end": "gene_high"}
+
+
+def _strongest(effects: xr.Dataset) -> pd.DataFrame:
+    """The genes of each perturbation whose intervals stay furthest from zero, and then the largest."""
+    frame = effects[list(_ENDS.values())].to_dataframe().reset_index()
+    low, high = frame["gene_low"], frame["gene_high"]
+    frame["sure"] = np.where(low * high > 0, np.minimum(low.abs(), high.abs()), 0.0)
+    frame["size"] = frame["gene_effect"].abs()
+    frame = frame.sort_values(["sure", "size"], ascending=False, kind="stable")
+    frame = frame.groupby("condition", sort=False).head(_LISTED)
+    order = {name: i for i, name in enumerate(effects["condition"].values)}
+    frame = frame.sort_values("condition", key=lambda c: c.map(order), kind="stable")
+    names = {"condition": "perturbation", "gene": "gene", **{old: new for new, old in _ENDS.items()}}
+    return frame[list(names)].rename(columns=names)
+
+
+def checks_section(
+    checks: Mapping[str, np.ndarray], table: pd.DataFrame, unit: str, cells: str, n_replicates: int
+) -> str:
     """Predictive checks: cells drawn from the model beside observed cells.
 
     Args:
         checks: The array arguments of ``plot.predictive_checks``.
-        table: What ``evaluate.check`` returns.
+        table: What ``evaluate.check`` returns, of all cells and of each condition.
         unit: Of the data.
         cells: Which cells were compared, in words.
+        n_replicates: Replicated data sets.
     """
     caption = (
         f"Cells drawn from the fitted model beside {cells}. Points on the dashed line, and histograms that "
         "cover each other, mean that the model makes cells like the real ones."
     )
+    outside = (table["observed"] < table["low"]) | (table["observed"] > table["high"])
+    defined = table["p_value"].notna()
+    text = (
+        f"Each statistic was computed on the real cells and on {n_replicates} copies of them that the model "
+        "drew for the same perturbations, libraries and batches. The p-value is the share of copies above "
+        "the real value: near 0 or 1 the model gets that statistic wrong there. Of a perfect model one in "
+        f"ten lies outside the 90% interval of the copies; here {int(outside[defined].sum())} of "
+        f"{int(defined.sum())} do. With few cells the interval is wide, so to be inside says little; with "
+        "thousands even a harmless flaw lies outside, so look at how far."
+    )
+    drawn = (
+        "Dots: real cells of a group; grey bars: 90% of the copies. Dispersion is how much more genes vary "
+        "than counting noise; zero fraction is the share of zeros among all values."
+        if unit == "counts"
+        else "Dots: real cells of a group; grey bars: 90% of the copies."
+    )
     surprise = (table["p_value"] - 0.5).abs()
     rows = table.assign(statistic=table["statistic"].str.replace("_", " "))
-    rows = rows.iloc[surprise.argsort(kind="stable")[::-1]].rename(
-        columns=lambda name: name.replace("_", " ")
+    rows = rows.loc[surprise.sort_values(ascending=False, kind="stable").index]
+    rows.columns = [_CHECK_COLUMNS.get(str(name), str(name)) for name in rows]
+    numbers = html.table(
+        rows,
+        {"cells": "{:.0f}".format, "p-value": "{:.2f}".format},
+        label="Filter by perturbation or statistic",
     )
-    text = (
-        "The same by condition, most surprising first. The p-value is the share of replicated data sets "
-        "above the observed value: near 0 or 1 the model gets that statistic wrong there."
-    )
-    return html.figure(plot.predictive_checks(**checks, unit=unit), caption) + html.details(
-        "Check by condition", html.paragraph(text) + html.table(rows)
+    return (
+        html.figure(plot.predictive_checks(**checks, unit=unit), caption)
+        + "<h3>By statistic and condition</h3>"
+        + html.paragraph(text)
+        + html.figure(plot.predictive_statistics(table), drawn)
+        + html.details("All p-values, most surprising first", numbers)
     )
 
 
-def calibration_section(coverage: pd.DataFrame, cells: str) -> str:
-    """How often predictive intervals hold the observed values.
+_CHECK_COLUMNS = {
+    "n_cells": "cells",
+    "observed": "real cells",
+    "replicate_mean": "mean of copies",
+    "low": "90% of copies from",
+    "high": "to",
+    "p_value": "p-value",
+}
+
+
+def calibration_section(measured: Calibration, checks: pd.DataFrame, cells: str) -> str:
+    """Whether predictive intervals hold as many values as they promise, and whether errors are foreseen.
 
     Args:
-        coverage: Columns values, nominal, observed.
-        cells: Which cells were compared, in words.
+        measured: What ``evaluate.calibration`` returns.
+        checks: Rows of ``evaluate.check`` for all checked cells together.
+        cells: Which cells were measured, in words.
     """
-    curves = {
-        str(name): (rows["nominal"].to_numpy(), rows["observed"].to_numpy())
-        for name, rows in coverage.groupby("values", sort=False)
-    }
-    caption = (
-        f"Share of observed values of {cells} that lie inside the model's predictive intervals. On the "
-        "diagonal an interval holds what it promises; below it, the model is too sure of itself. Means of "
-        "a gene over the cells of a condition are the harder test: they show whether effects are right."
+    text = (
+        f"A 90% interval should hold 90 of 100 values. Each of {cells} was drawn {measured.n_samples} times "
+        "for its perturbation, library and batch, and the real value was looked up among the draws. Genes "
+        "are classed by the training cells: zero in more than nine of ten cells, and thirds of the others."
     )
-    percent = "{:.1%}".format
-    wide = coverage.pivot(index="nominal", columns="values", values="observed")[list(curves)].reset_index()
-    numbers = html.table(wide, {str(column): percent for column in wide})
-    return html.figure_row([html.figure(plot.reliability(curves), caption), numbers])
+    holds = not measured.misses
+    verdict = "Calibrated: 90% intervals hold 87 to 93% of the values in every class of genes."
+    if not holds:
+        said = join([f"{name} genes hold {what.replace(':', ',')}" for name, what in measured.misses.items()])
+        verdict = (
+            f"Miscalibrated. 90% intervals of {said}. Do not take the intervals of these genes as they are."
+        )
+    forgives = (
+        "This verdict alone forgives a wrong model, because too narrow intervals of some genes and too wide "
+        "ones of others cancel in a class: read it with the share of genes that are inside 87 to 93% "
+        f"themselves, and with the dispersion. {dispersion_sentence(checks)}".rstrip()
+    )
+    classes = measured.classes.drop(columns=["interval_score"]).rename(columns=_CLASS_COLUMNS)
+    percent = {name: "{:.1%}".format for name in classes if "interval" in name or "error" in name}
+    formats = {**percent, "genes inside": "{:.0%}".format, "genes": "{:.0f}".format}
+    numbers = html.table(classes, formats, label="")
+    read = (
+        "Genes inside: the share of genes whose own 90% interval holds 87 to 93%; with few cells it falls "
+        "by chance alone (a gene's coverage is uncertain by "
+        f"{100 * (0.09 / measured.n_cells) ** 0.5:.1f} points here). CRPS: mean error of the whole predicted "
+        "distribution, in the units of the data; lower is better, and only comparable on the same cells. "
+        "Dispersion: where most genes are nearly always zero, it is that of genes seen a few times."
+    )
+    off = (measured.classes["coverage_90"] - 0.9).abs()
+    judged = measured.classes["gene_class"] != "all"
+    worst = measured.classes.loc[off[judged].idxmax(), "gene_class"]
+    two = measured.pit[measured.pit["gene_class"].isin(["all", worst])]
+    pit_caption = (
+        "Where real values fall among their draws: all genes, and the class that is furthest off. Flat at 1 "
+        "is right; a hump means intervals too wide, high ends too narrow, a slope values too high or low."
+    )
+    risk_caption = (
+        "Does the model know where it errs? Error of the predicted mean of a condition when the least "
+        "certain conditions are left out first: the blue line should fall to the left, near the green one. "
+        f"{_foreseen(measured)}"
+    )
+    figures = [
+        html.figure(plot.pit(two), pit_caption),
+        html.figure(plot.risk_coverage(measured.risk), risk_caption),
+    ]
+    every = html.figure(plot.pit(measured.pit), "The same for each class of genes.")
+    return (
+        html.paragraph(text)
+        + html.paragraph(verdict, "good" if holds else "warn")
+        + html.paragraph(forgives)
+        + numbers
+        + html.paragraph(read, "note")
+        + html.figure_row(figures)
+        + html.details("All classes of genes", every)
+    )
+
+
+_CLASS_COLUMNS = {
+    "gene_class": "genes that are",
+    "n_genes": "genes",
+    **{f"coverage_{level}": f"in {level}% intervals" for level in (50, 80, 90, 95)},
+    "se_90": "standard error of 90%",
+    "genes_inside": "genes inside",
+    "crps": "CRPS",
+}
+
+
+def _foreseen(measured: Calibration) -> str:
+    n = len(measured.conditions)
+    if np.isnan(measured.spearman):
+        return f"With {n} conditions no correlation can be told."
+    return (
+        f"Over {n} conditions, error and uncertainty have a rank correlation of {measured.spearman:.2f}. "
+        "Much of it is the number of cells: the mean of few is uncertain, and the model knows that."
+    )
+
+
+def audit_section(audit: Audit) -> str:
+    """What the design can identify, with the fit's own graph.
+
+    Args:
+        audit: What ``evaluate.audit`` returns.
+    """
+    frame = audit.to_frame()
+    frame["status"] = frame["status"].map(_SYMBOLS)
+    kinds = {"status": {text: status for status, text in _SYMBOLS.items()}}
+    kind = frame.pop("kind")
+    names = {
+        "status": "status",
+        "name": "what",
+        "found": "found",
+        "needed": "needed",
+        "mend": "what would help",
+    }
+    frame = frame[list(names)].rename(columns=names)
+
+    def part(which: str, *columns: str) -> str:
+        return html.table(frame.loc[kind == which, ["status", *columns]], kinds=kinds, label="")
+
+    counts = frame.loc[kind == "check", "status"].value_counts()
+    said = join([f"{counts[text]} {text}" for text in _SYMBOLS.values() if text in counts])
+    text = (
+        f"Could these perturbations and cells show the programmes at all? {audit.title}. Result of the "
+        f"checks: {said}. A failed check does not make an effect on genes wrong; it says that a single "
+        "programme may be a mixture of others, so name such programmes with care."
+    )
+    legend = [
+        f"{_SYMBOLS['ok']}: the design has it.",
+        f"{_SYMBOLS['warning']}: in part, or only by an estimate, such as the graph of this very fit.",
+        f"{_SYMBOLS['fails']}: the design does not have it; the last column says what would help.",
+        f"{_SYMBOLS['unknown']}: these data cannot tell.",
+    ]
+    promises = (
+        "What theory promises for each kind of model, if the assumptions below hold too. Read the line of "
+        "the kind that was fitted; a promise is as good as the worst check that it rests on."
+    )
+    assumed = "No data of this kind can show these. Judge them by what you know of the experiment."
+    return (
+        html.paragraph(text)
+        + html.items(legend)
+        + part("check", "what", "found", "needed", "what would help")
+        + "<h3>What that identifies</h3>"
+        + html.paragraph(promises)
+        + part("guarantee", "what", "found")
+        + html.details(
+            "What must be assumed",
+            html.paragraph(assumed) + part("assumption", "what", "needed", "what would help"),
+        )
+    )
+
+
+def ranks_section(ranks: Ranks | None, command: str) -> str:
+    """Simulation-based calibration, or how to make it.
+
+    Args:
+        ranks: What was read; None if none was given.
+        command: What makes it.
+    """
+    if ranks is None:
+        return html.paragraph(
+            f"Not run for this page. Make it with '{command}' (minutes to an hour), then write the report "
+            "again with --sbc sbc (in Python: sbc='sbc')."
+        )
+    table = ranks.table
+    bad = table[table["rejected"]]
+    text = (
+        f"Can the method find what the model itself has drawn? In {ranks.n_replicates} small simulated "
+        "screens the true latents were ranked among draws of the fitted posterior. If posteriors are right, "
+        "every rank is equally likely. The screens are simulated, so this tests the method and not your "
+        "data; the settings are those the command was given, which may differ from those of this fit."
+    )
+    if bad.empty:
+        verdict = f"Uniform: none of {len(table)} latent quantities is rejected."
+    else:
+        said = join([f"{row.quantity} ({row.finding})" for row in bad.itertuples()])
+        verdict = (
+            f"Rejected: {len(bad)} of {len(table)} latent quantities, {said}. Widen your own doubt there."
+        )
+    if ranks.n_replicates < 100:
+        verdict += f" With {ranks.n_replicates} replicates only large errors show."
+    caption = (
+        "Ranks of the true values: cumulative share minus what is expected. A line inside the grey band is "
+        "fine; a red line leaves it."
+    )
+    rows = table.drop(columns="rejected").rename(columns=lambda name: str(name).replace("_", " "))
+    read = (
+        "Position: mean place of the truth among the draws (0.5 is right). Spread: above 1 the posteriors "
+        "are too narrow, below 1 too wide. The p-values test the ranks' ECDF, their histogram (χ²) and their "
+        "symmetry; the first decides, corrected for the number of quantities."
+    )
+    return (
+        html.paragraph(text)
+        + html.paragraph(verdict, "good" if bad.empty else "warn")
+        + html.picture(ranks.picture, "png", 900, caption)
+        + html.details(
+            "Tests of each quantity", html.paragraph(read) + html.table(rows, label="Filter by quantity")
+        )
+    )
 
 
 def likelihood_section(likelihood: xr.Dataset, n_particles: int, cells: str) -> str:
@@ -246,7 +485,10 @@ def comparison_section(scores: pd.DataFrame, cells: str, *, seen: bool, model: s
         model: Name of the model among the methods.
     """
     if scores.empty:
-        return html.paragraph(f"No perturbed condition has enough of the {cells} to compare means.")
+        return html.paragraph(
+            f"No perturbed condition has enough of the {cells} to compare means. Keep more cells out of "
+            "training (--test 0.3), or whole perturbations (--hold-out)."
+        )
     controls = "control mean" in set(scores["method"])
     own = "matching mean and additive" if controls else "matching mean"
     text = (
@@ -270,16 +512,54 @@ def comparison_section(scores: pd.DataFrame, cells: str, *, seen: bool, model: s
             " The control mean, the additive baseline and the correlation of effects against control are "
             "left out, because they need control cells and none were trained on."
         )
-    caption = "A dot is a condition; the large dot is the mean, the bar its 95 % bootstrap interval."
+    caption = (
+        "A dot is a condition; the large dot is the mean, the bar its 95% bootstrap interval. Dashed: the "
+        f"floor, {FLOOR}. Green: the ceiling, {CEILING}."
+    )
+    drawn = scores[scores["metric"].isin(_DRAWN)]
     average = average_conditions(scores)
     wide = average.pivot(index="method", columns="metric", values="mean")
     wide = wide.loc[
         list(dict.fromkeys(average["method"])), list(dict.fromkeys(average["metric"]))
     ].reset_index()
-    wide.columns = [str(c).replace("_", " ") for c in wide.columns]
-    formats = {str(c): "{:.4f}".format if c == "rmse" else "{:.3f}".format for c in wide.columns}
+    wide.columns = [_heading(str(c)) for c in wide.columns]
+    formats = {name: "{:.3f}".format for name in wide.columns}
     return (
         html.paragraph(text)
-        + html.figure(plot.compare_methods(scores, [model]), caption)
-        + html.table(wide, formats)
+        + html.figure(plot.compare_methods(drawn, [model]), caption)
+        + _calibrated(scores, model)
+        + html.details("Mean scores of all methods", html.table(wide, formats, label=""))
     )
+
+
+def _heading(metric: str) -> str:
+    return MEASURES[metric].heading if metric in MEASURES else metric
+
+
+def _calibrated(scores: pd.DataFrame, model: str) -> str:
+    """Where methods lie between the floor and the ceiling, and the model's own numbers."""
+    compared = Comparison(scores.assign(fold=0, seed=0), pd.DataFrame(), own=[model])
+    table = compared.calibrated()
+    resolved = table[table["resolved"]]
+    blind = [_heading(name) for name in dict.fromkeys(table.loc[~table["resolved"], "metric"])]
+    text = (
+        f"Calibrated scores say what a number is worth: 0 is the floor ({FLOOR}), 1 the ceiling ({CEILING}). "
+        "Below 0 is worse than assuming that all perturbations do the same; above 1 is less noisy than a "
+        "repeat, which a method that pools many cells can be. Distrust a score whose interval is wide."
+    )
+    if blind:
+        text += (
+            f" Left out: {join(blind)}. There the ceiling does not clearly beat the floor, because so few "
+            "held-out cells are noisy, or the floor has no score; such a metric tells nothing apart here."
+        )
+    own = resolved[resolved["method"] == model]
+    ends = {"calibrated score": own["score"], "95% from": own["low"], "to": own["high"]}
+    rows = pd.DataFrame({"metric": [_heading(name) for name in own["metric"]], **ends})
+    shown = ""
+    if len(rows):
+        shown = (
+            html.figure(plot.calibrated_scores(resolved), "Calibrated scores of all methods. Never clipped.")
+            + html.paragraph(f"The {model}, with bootstrap intervals over conditions:")
+            + html.table(rows, dict.fromkeys(ends, decimals), label="")
+        )
+    return "<h3>Between floor and ceiling</h3>" + html.paragraph(text) + shown

@@ -7,8 +7,19 @@ import pandas as pd
 import xarray as xr
 
 from pyro_causalcell.baselines.compare import CEILINGS
+from pyro_causalcell.evaluate import Calibration
 
-__all__ = ["caveats", "join", "plain", "shared_programmes", "summarise_graph", "summarise_scores"]
+__all__ = [
+    "caveats",
+    "decimals",
+    "dispersion_sentence",
+    "join",
+    "plain",
+    "shared_programmes",
+    "summarise_calibration",
+    "summarise_graph",
+    "summarise_scores",
+]
 
 _SURE = 0.9
 _LIKELY = 0.5
@@ -27,6 +38,11 @@ def join(names: Sequence[str], most: int = 8) -> str:
     if len(names) < 2:
         return names[0] if names else "none"
     return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def decimals(value: float) -> str:
+    """A number with two decimals, and zero without a sign."""
+    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def shared_programmes(graph: pd.DataFrame, threshold: float = _SURE) -> dict[str, list[str]]:
@@ -139,6 +155,41 @@ def summarise_scores(scores: pd.DataFrame, *, seen: bool, model: str = "model") 
             "beat."
         )
     return [sentence, counts]
+
+
+def summarise_calibration(measured: Calibration, checks: pd.DataFrame) -> str:
+    """Whether 90 % intervals hold what they promise, with what the verdict may hide.
+
+    Args:
+        measured: What ``evaluate.calibration`` returns.
+        checks: Rows of ``evaluate.check`` for all checked cells together.
+    """
+    every = measured.classes.set_index("gene_class").loc["all"]
+    verdict = "calibrated in every class of genes" if not measured.misses else measured.verdict
+    return (
+        f"90% predictive intervals hold {every['coverage_90']:.1%} of the values ({verdict}); "
+        f"{every['genes_inside']:.0%} of the genes are inside 87 to 93% themselves. "
+        f"{dispersion_sentence(checks)}"
+    ).rstrip()
+
+
+def dispersion_sentence(checks: pd.DataFrame) -> str:
+    """How the dispersion of the real cells compares; empty where none was checked, as for normalised data.
+
+    Args:
+        checks: Rows of ``evaluate.check`` for all checked cells together.
+    """
+    rows = checks[(checks["statistic"] == "dispersion") & checks["p_value"].notna()]
+    if rows.empty:
+        return ""
+    row = rows.iloc[0]
+    inside = row["low"] <= row["observed"] <= row["high"]
+    verdict = "which agrees" if inside else "which does not agree: the model's cells vary differently"
+    real, low, high = (decimals(row[name]) for name in ("observed", "low", "high"))
+    return (
+        f"The dispersion of the real cells (median over genes) is {real}, 90% of the model's copies have "
+        f"{low} to {high}, {verdict}."
+    )
 
 
 def caveats(n_genes: int, panel_totals: bool, controls: bool = True) -> list[str]:

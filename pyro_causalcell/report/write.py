@@ -19,21 +19,44 @@ from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.fitted import atomic_write
 from pyro_causalcell.report import html
 from pyro_causalcell.report import sections as parts
-from pyro_causalcell.report.evidence import INTERVAL, Evidence, control_rows, gather
-from pyro_causalcell.report.summary import caveats, join, shared_programmes, summarise_graph, summarise_scores
+from pyro_causalcell.report.evidence import ALL_CELLS, INTERVAL, Evidence, control_rows, gather
+from pyro_causalcell.report.ranks import Ranks, read_ranks, sbc_command
+from pyro_causalcell.report.summary import (
+    caveats,
+    join,
+    shared_programmes,
+    summarise_calibration,
+    summarise_graph,
+    summarise_scores,
+)
 
 __all__ = ["render", "write_report"]
 
 
 def write_report(
-    fit: Fit, data: ad.AnnData | Screen, path: str | Path, *, n_particles: int = 200, seed: int = 0
+    fit: Fit,
+    data: ad.AnnData | Screen,
+    path: str | Path,
+    *,
+    sbc: str | Path | None = None,
+    n_particles: int = 200,
+    seed: int = 0,
 ) -> Path:
     """Write a page about a fit that opens from disk in any browser, without a network.
+
+    The page has: what was found in sentences; the graph of perturbations and programmes; genes of programmes;
+    effects with intervals; held-out means beside all baselines, with scores between a floor and a ceiling;
+    predictive checks by statistic and condition; calibration of intervals per class of genes; the audit of
+    the design; simulation-based calibration if it was run; likelihood; training. Each part says what its
+    numbers mean and when to distrust them. Its tables sort, and filter by perturbation, with a script in the
+    page; without scripts everything is shown.
 
     Args:
         fit: The fit.
         data: The cells it was fitted on, all of them: the screen, or the AnnData.
         path: The HTML file; an older file stays until the new one is whole.
+        sbc: Folder that ``pyro-causalcell sbc`` wrote for the same pair; without it the page says how to make
+            one.
         n_particles: Draws per cell of the importance-weighted likelihood.
         seed: Of every random choice; the same seed gives the same numbers.
 
@@ -41,24 +64,26 @@ def write_report(
         The path.
 
     Raises:
-        DataError: ``data`` are not the fitted cells, or the file cannot be written.
+        DataError: ``data`` are not the fitted cells, the folder ``sbc`` lacks a file or is of another model,
+            or the file cannot be written.
     """
     screen = data if isinstance(data, Screen) else Screen.from_spec(fit.screen, data)
     path = Path(path)
+    ranks = None if sbc is None else read_ranks(sbc, fit)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place is said at once
-        atomic_write(path, render(fit, screen, gather(fit, screen, n_particles, seed)))
+        atomic_write(path, render(fit, screen, gather(fit, screen, n_particles, seed), ranks))
     except OSError as error:
         raise DataError(f"the report cannot be written to {path}: {error}; choose another place.") from error
     return path
 
 
-def render(fit: Fit, screen: Screen, evidence: Evidence) -> str:
+def render(fit: Fit, screen: Screen, evidence: Evidence, ranks: Ranks | None = None) -> str:
     """The page, from what was computed."""
     unit = "counts" if screen.is_counts else "log-normalised"
     graph, seen = evidence.graph, _all_seen(fit, screen, evidence)
     controls = len(control_rows(fit, screen)) > 0
-    held_out, checked, weighed = evidence.held_out.words, evidence.checked.words, evidence.weighed.words
+    together = _of_all_cells(evidence)
     sections = {
         "Summary": parts.summary_section(
             summarise_graph(graph, evidence.effects),
@@ -76,10 +101,16 @@ def render(fit: Fit, screen: Screen, evidence: Evidence) -> str:
         "Perturbations and programmes": parts.graph_section(graph),
         "Genes of programmes": parts.programmes_section(evidence.loadings, graph),
         "Effects": parts.effects_section(evidence.effects, INTERVAL, controls=controls),
-        "Baselines": parts.comparison_section(evidence.scores, held_out, seen=seen),
-        "Predictive checks": parts.checks_section(evidence.checks, evidence.check_table, unit, checked),
-        "Calibration": parts.calibration_section(evidence.coverage, checked),
-        "Likelihood": parts.likelihood_section(evidence.likelihood, evidence.n_particles, weighed),
+        "Baselines": parts.comparison_section(evidence.scores, evidence.held_out.words, seen=seen),
+        "Predictive checks": parts.checks_section(
+            evidence.checks, evidence.check_table, unit, evidence.checked.words, evidence.n_replicates
+        ),
+        "Calibration": parts.calibration_section(evidence.calibration, together, evidence.calibrated.words),
+        "Likelihood": parts.likelihood_section(
+            evidence.likelihood, evidence.n_particles, evidence.weighed.words
+        ),
+        "Design audit": parts.audit_section(evidence.audit),
+        "Simulation-based calibration": parts.ranks_section(ranks, sbc_command(fit)),
         "Training": parts.training_section(fit.history),
     }
     title = f"{len(fit.screen.targets)} perturbations, {len(shared_programmes(graph))} programmes"
@@ -106,12 +137,14 @@ def _all_seen(fit: Fit, screen: Screen, evidence: Evidence) -> bool:
     return set(evidence.scores["condition"]) <= trained
 
 
+def _of_all_cells(evidence: Evidence) -> pd.DataFrame:
+    return evidence.check_table[evidence.check_table["condition"] == ALL_CELLS]
+
+
 def _trust(evidence: Evidence, seen: bool) -> list[str]:
     """How well the model predicts, in sentences."""
     sentences = summarise_scores(evidence.scores, seen=seen) if len(evidence.scores) else []
-    at = evidence.coverage[np.isclose(evidence.coverage["nominal"], INTERVAL)]
-    inside = [f"{share:.0%} of the {name}" for name, share in zip(at["values"], at["observed"], strict=True)]
-    sentences.append(f"{INTERVAL:.0%} predictive intervals hold {join(inside)}.")
+    sentences.append(summarise_calibration(evidence.calibration, _of_all_cells(evidence)))
     bad = 1 - float((evidence.likelihood["pareto_k"].values <= 0.7).mean())
     sentences.append(
         f"The likelihood of a held-out cell is {evidence.likelihood['nll'].values.mean():.1f} nats "

@@ -52,8 +52,10 @@ def test_every_piece_escapes_what_it_is_given():
         html.items([EVIL]),
         html.tiles({EVIL: EVIL}),
         html.details(EVIL, ""),
-        html.figure(_figure(), EVIL),
-        html.table(frame, {"n": lambda _: EVIL}),
+        html.figure(_figure(), EVIL, EVIL),
+        html.filtered("", EVIL),
+        html.table(frame, {"n": lambda _: EVIL}, kinds={EVIL: {EVIL: EVIL}}),
+        html.table(pd.concat([frame] * 20), label=EVIL),
         html.section(EVIL, EVIL, ""),
     ]
     for piece in pieces:
@@ -92,5 +94,18 @@ def test_tables_carry_sortable_values():
     frame = pd.DataFrame({"name": ["a", "b"], "p": [0.12345, np.nan]})
     text = html.table(frame, {"p": "{:.1%}".format})
     assert 'data-value="0.12345"' in text and ">12.3%<" in text and ">–<" in text
-    assert "type to filter" not in text
-    assert "type to filter" in html.table(pd.concat([frame] * 7))
+    assert "<input" not in text
+    many = pd.concat([frame] * 7)
+    assert "Filter by name <input" in html.table(many, label="Filter by name")
+    assert "<input" not in html.table(many, label="")
+
+
+def test_cells_are_marked_by_their_text():
+    frame = pd.DataFrame({"status": ["good", "bad"], "name": ["good", "b"]})
+    text = html.table(frame, kinds={"status": {"good": "ok"}})
+    assert text.count('<td class="ok">good</td>') == 1 and "<td>good</td>" in text and "<td>bad</td>" in text
+
+
+def test_filters_wait_for_the_script():
+    text = html.filtered("<p>all of it</p>", "Filter")
+    assert '<label class="filter" hidden>' in text and "<p>all of it</p>" in text

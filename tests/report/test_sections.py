@@ -1,8 +1,13 @@
+import dataclasses
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from pyro_causalcell.evaluate import Audit, Check
 from pyro_causalcell.report import sections
+from pyro_causalcell.report.ranks import Ranks
 
 EVIL = "<b>ATF2</b>"
 
@@ -74,23 +79,68 @@ def test_effects_say_what_they_are_against(effects):
     assert "control state (no perturbation), which was not measured here" in inferred
 
 
-def test_checks_put_the_most_surprising_first(checks):
-    table = pd.DataFrame(
-        {
-            "condition": ["A", "B", "C"],
-            "statistic": "zero_fraction",
-            "observed": 0.5,
-            "p_value": [0.5, 0.99, 0.1],
-        }
+def test_effects_are_listed_surest_first(effects):
+    text = sections.effects_section(effects, 0.9)
+    rows = text.split("<tbody>")[1].split("</tbody>")[0].split("</tr>")[:-1]
+    assert len(rows) == 10 * effects.sizes["condition"]
+    jak2 = [row for row in rows if "<td>JAK2</td>" in row]
+    assert len(jak2) == 10
+    assert {"GENE1", "GENE2"} == {re.findall(r"<td>(.*?)</td>", row)[1] for row in jak2[:2]}
+    assert 'data-name="JAK2"' in text and "Filter by perturbation or gene" in text
+    assert text.count("<input") == 1  # one box for figures and table
+
+
+def test_checks_put_the_most_surprising_first(checks, check_table):
+    text = sections.checks_section(checks, check_table, "counts", "200 cells", 50)
+    numbers = text.split("<tbody>")[1]
+    assert numbers.index("dispersion") < numbers.index("zero fraction")
+    assert "200 cells" in text and "50 copies" in text and "3 of 6 do" in text
+    assert text.count("<figure>") == 2
+
+
+def test_calibration_names_what_is_wrong_and_what_the_verdict_hides(measured, check_table):
+    together = check_table[check_table["condition"] == "all cells"]
+    text = sections.calibration_section(measured, together, "900 cells")
+    assert '<p class="warn">Miscalibrated. 90% intervals of low genes hold 80.0%, too narrow.' in text
+    assert "forgives a wrong model" in text
+    assert "The dispersion of the real cells (median over genes) is 0.90" in text
+    assert "copies have 0.40 to 0.60" in text
+    assert "does not agree" in text and "rank correlation of 0.41" in text
+    assert "85.0%" in text and ">55%<" in text and "uncertain by 1.0 points" in text
+    row = text[text.index('<div class="row">') :]
+    assert row.count("<figure>") == 3  # PIT and risk side by side, all classes on a click
+
+
+def test_a_calibrated_fit_is_said_to_be_so(measured):
+    measured.classes["coverage_90"] = 0.9
+    text = sections.calibration_section(measured, pd.DataFrame({"statistic": [], "p_value": []}), "900 cells")
+    assert '<p class="good">Calibrated' in text and "dispersion of the real" not in text
+    few = dataclasses.replace(measured, spearman=float("nan"))
+    assert "no correlation can be told" in sections.calibration_section(
+        few, pd.DataFrame({"statistic": [], "p_value": []}), "900 cells"
     )
-    text = sections.checks_section(checks, table, "counts", "200 cells")
-    assert text.index("<td>B</td>") < text.index("<td>C</td>") < text.index("<td>A</td>")
-    assert "200 cells" in text
 
 
-def test_calibration_table_is_in_percent(coverage):
-    text = sections.calibration_section(coverage, "200 cells")
-    assert "51.0%" in text and "single cells" in text
+def test_status_of_a_check_is_a_word_and_a_symbol():
+    checks = (
+        Check("control cells", "ok", "300", "202"),
+        Check("directions", "fails", "3", "at least 10", "fit at most 3 programmes"),
+        Check("sVAE+", "fails", "does not hold: directions", "", kind="guarantee"),
+        Check(EVIL, "unknown", "cannot be seen", "one to one", "think", "assumption"),
+    )
+    text = sections.audit_section(Audit("10 programmes, 300 cells", checks))
+    assert '<td class="ok">✓ ok</td>' in text and '<td class="fails">✗ fails</td>' in text
+    assert "1 ✓ ok and 1 ✗ fails" in text and "10 programmes, 300 cells" in text
+    assert text.count("<table>") == 3 and EVIL not in text
+    assert text.index("fit at most 3 programmes") < text.index("sVAE+") < text.index("<details>")
+
+
+def test_ranks_that_are_uniform(sbc_folder):
+    table = pd.read_csv(sbc_folder / "sbc.csv").assign(rejected=False, finding="")
+    picture = (sbc_folder / "sbc.png").read_bytes()
+    text = sections.ranks_section(Ranks(table, 30, picture), "sbc")
+    assert '<p class="good">Uniform: none of 4' in text and "only large errors show" in text
+    assert "only large errors" not in sections.ranks_section(Ranks(table, 100, picture), "sbc")
 
 
 @pytest.mark.parametrize(("k", "warned"), [(0.2, False), (0.9, True)])
@@ -105,7 +155,8 @@ def test_comparison_explains_what_was_seen(scores):
     seen = sections.comparison_section(scores, "200 cells", seen=True)
     assert "were trained on" in seen
     assert "were trained on" not in sections.comparison_section(scores, "200 cells", seen=False)
-    assert seen.count("<tr>") == 7
+    means = seen.split("Mean scores of all methods")[1]
+    assert means.count("<tr>") == 7
     assert "left out" not in seen
     no_control = scores[~scores["method"].isin(["control mean", "additive"])]
     without = sections.comparison_section(no_control, "200 cells", seen=True)
@@ -113,3 +164,24 @@ def test_comparison_explains_what_was_seen(scores):
     assert "matching mean is as good" in without and "Control mean says" not in without
     none = sections.comparison_section(scores.iloc[:0], "200 cells", seen=True)
     assert "No perturbed condition" in none
+
+
+def test_comparison_places_the_model_between_floor_and_ceiling():
+    """Made-up errors: the model is halfway in one condition and at the floor in the other."""
+    value = {"model": (3.0, 4.0), "perturbed mean": (4.0, 4.0), "technical duplicate": (2.0, 2.0)}
+    rows = [(m, f"c{c}", "rmse", v) for m, both in value.items() for c, v in enumerate(both)]
+    scores = pd.DataFrame(rows, columns=["method", "condition", "metric", "value"])
+    text = sections.comparison_section(scores, "200 cells", seen=False)
+    row = text.split("RMSE (log1p CP10k)</td>")[1].split("</tr>")[0]
+    assert re.findall(r">([^<]+)</td>", row) == ["0.25", "0.00", "0.50"]
+    assert "0 is the floor (perturbed mean), 1 the ceiling (technical duplicate)" in text
+    assert "Left out" not in text
+
+
+def test_metrics_that_cannot_tell_methods_apart_get_no_calibrated_score():
+    """Made-up errors: a repeat is noisier than the floor, so a better model would score below zero."""
+    value = {"model": (3.0, 3.0), "perturbed mean": (4.0, 4.0), "technical duplicate": (5.0, 5.0)}
+    rows = [(m, f"c{c}", "rmse", v) for m, both in value.items() for c, v in enumerate(both)]
+    scores = pd.DataFrame(rows, columns=["method", "condition", "metric", "value"])
+    text = sections.comparison_section(scores, "200 cells", seen=False)
+    assert "Left out: RMSE (log1p CP10k)." in text and "RMSE (log1p CP10k)</td>" not in text
