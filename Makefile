@@ -1,4 +1,5 @@
 # make test   set up .venv and run every check     make demo   set up .venv and fit a real screen
+# make docs   build the documentation: site/index.html
 # Another interpreter:  make test PYTHON=python3.12 VENV=.venv312
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -11,10 +12,10 @@ PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 LINKS := $(VENV)/links
-CODE := pyro_causalcell models guides tests examples benchmarks
+CODE := pyro_causalcell models guides tests examples benchmarks docs/hooks.py
 SETTINGS := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: test style types imports links unit demo bench clean
+.PHONY: test style types imports links unit docs notebooks demo bench clean
 
 test: style types imports unit
 
@@ -28,7 +29,7 @@ $(VENV)/.core: $(SETTINGS) | $(PY)
 	touch $@
 
 $(VENV)/.test: $(SETTINGS) | $(PY)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs,test]'
 	touch $@ $(VENV)/.core
 
 # ---------------------------------------------------------------- checks
@@ -55,6 +56,17 @@ unit: $(VENV)/.test
 	OMP_NUM_THREADS=1 MPLBACKEND=Agg $(PY) -m pytest --numprocesses $(WORKERS) \
 		--cov --cov-report=term --cov-fail-under=90 $(PYTEST_ARGS)
 
+# ---------------------------------------------------------------- documentation (the unit tests build it too)
+
+docs: links
+	LINKS=$(LINKS) NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# Runs every example at full size and keeps what it prints and draws.
+notebooks: $(VENV)/.test
+	$(PY) -m jupytext --to ipynb --set-kernel python3 examples/*.py
+	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore:IProgress $(PY) -m nbconvert --to notebook --inplace --execute \
+		--ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=-1 examples/*.ipynb
+
 # ---------------------------------------------------------------- use
 
 demo: $(VENV)/.core
@@ -64,4 +76,4 @@ bench: $(VENV)/.core
 	$(PY) benchmarks/step_time.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache

@@ -94,7 +94,7 @@ def test_constraints_pin_what_ci_installs_and_agree_with_setup_cfg(
         for name, version in re.findall(r"^(\S+)==(\S+)$", (checkout / "constraints.txt").read_text(), re.M)
     }
     needed = requirements(setup_cfg)
-    for requirement in needed["core"] + needed["test"]:
+    for requirement in needed["core"] + needed["docs"] + needed["test"]:
         version = pins[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), requirement
 
