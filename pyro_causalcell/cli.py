@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "audit",
+    "check",
     "compare",
     "demo",
     "evaluate",
