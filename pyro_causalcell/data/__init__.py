@@ -1,6 +1,6 @@
 """From an AnnData to the tensors of a minibatch: the screen, its splits, its minibatches."""
 
-from pyro_causalcell.data.minibatches import Minibatches
+from pyro_causalcell.data.minibatches import Anchors, Minibatches
 from pyro_causalcell.data.screen import Screen, read
 from pyro_causalcell.data.spec import ScreenSpec
 from pyro_causalcell.data.splits import (
@@ -13,6 +13,7 @@ from pyro_causalcell.data.splits import (
 )
 
 __all__ = [
+    "Anchors",
     "Minibatches",
     "Screen",
     "ScreenSpec",

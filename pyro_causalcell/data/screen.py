@@ -39,6 +39,8 @@ class Screen:
         embeddings: Table with one row per target (index: target names), for models that take
             descriptions of perturbations.
         gene_symbols: var column of gene names; None is ``adata.var_names``.
+        twin: Layer that holds, for each cell, a control cell with the same background: simulations know
+            it, and experiments that measure a cell twice. For models that compare cells with control.
         separator: What joins the targets of a combination. Their order is free.
         min_cells: Cells each condition must have.
         allow_empty: Accept cells and genes with zeros only. A cell without counts then has a library
@@ -79,6 +81,7 @@ class Screen:
         guide: str | None = None,
         embeddings: pd.DataFrame | None = None,
         gene_symbols: str | None = None,
+        twin: str | None = None,
         separator: str = "+",
         min_cells: int = 1,
         allow_empty: bool = False,
@@ -106,6 +109,8 @@ class Screen:
         if not allow_empty:
             _check_empty_genes(self._scan.seen_g, self._matrix.where)
         self.embedding_pe = None if embeddings is None else _embedding(embeddings, self.targets)
+        if twin is not None:
+            self._load_twins(twin, spec)
 
     @classmethod
     def from_spec(
@@ -136,6 +141,7 @@ class Screen:
     def _load(self, spec: ScreenSpec, adata: ad.AnnData, unknown: Literal["error", "mark"]) -> None:
         """Fills the arrays of the cells of adata, with the names of spec."""
         self.adata = adata
+        self._twins: Matrix | None = None
         self.targets, self.genes, self.batch_names = spec.targets, spec.genes, spec.batch_names
         labels = _text(adata, spec.perturbation, "perturbation")
         code_n, names = pd.factorize(labels)
@@ -197,6 +203,38 @@ class Screen:
     def x(self, rows: np.ndarray) -> np.ndarray:
         """Values of some cells, float32 [len(rows), g], dense, in the order of rows."""
         return self._matrix.dense(np.asarray(rows, dtype=np.int64))
+
+    @property
+    def has_twins(self) -> bool:
+        """Whether each cell comes with a control cell of the same background."""
+        return self._twins is not None
+
+    def twin_x(self, rows: np.ndarray) -> np.ndarray:
+        """Values of the control twins of some cells, float32 [len(rows), g]."""
+        return self._matrix_of_twins().dense(np.asarray(rows, dtype=np.int64))
+
+    @property
+    def twin_library_n(self) -> np.ndarray:
+        """Total counts of the twins, float32 [n]."""
+        self._matrix_of_twins()
+        return self._twin_library_n
+
+    def _matrix_of_twins(self) -> Matrix:
+        if self._twins is None:
+            raise DataError("expected a layer of control twins; open the screen with twin=")
+        return self._twins
+
+    def _load_twins(self, layer: str, spec: ScreenSpec) -> None:
+        self._twins = _matrix(dataclasses.replace(spec, layer=layer), self.adata)
+        scan = self._twins.scan(self.adata.obs_names.to_numpy(), self.genes)
+        if scan.is_counts != self.is_counts:
+            kinds = ["normalised values", "counts"]
+            raise DataError(
+                f"expected {kinds[self.is_counts]} in the twins' layers[{layer!r}] as in "
+                f"{self._matrix.where}, found {kinds[scan.is_counts]}; pass layer= and twin= of one kind"
+            )
+        self._twin_library_n = np.where(scan.empty_n, 1.0, scan.totals_n).astype(np.float32)
+        self.max_value = max(self.max_value, scan.max_value)
 
     def canonical(self, condition: str) -> str:
         """The one name of a condition, as ``ScreenSpec.canonical``."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_causalcell.batch import Batch, Dims
-from pyro_causalcell.data import Minibatches, Screen, Split, random_cells
+from pyro_causalcell.data import Anchors, Minibatches, Screen, Split, random_cells
 from pyro_causalcell.errors import CheckpointError, PairError, TrainingError
 from pyro_causalcell.inference.elbo import SiteWeights, elbo_terms
 from pyro_causalcell.inference.engine import Engine
@@ -66,6 +67,7 @@ class Training:
     elbo: str | None = None
     particles: int = 1
     compile: bool | None = None
+    anchors: Anchors | None = None
     memory_budget_gb: float = 4.0
 
 
@@ -105,6 +107,7 @@ def fit(
     elbo: ELBO | None = None,
     particles: int = 1,
     compile: bool | None = None,
+    anchors: Anchors | None = None,
     memory_budget_gb: float = 4.0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -150,6 +153,9 @@ def fit(
         compile: Record and compile the training step: about twice as fast, after some 20 seconds beside the
             first steps. None does so where training is long enough to repay it; True at once, False never.
             A pair that cannot be recorded trains without it, and a warning says why.
+        anchors: Control cell that each cell comes with, for models that ask for one: ``"batch"`` draws one of
+            the same batch, ``"random"`` any, ``"twin"`` takes the cell's own from ``Screen(twin=)``. None:
+            its own where the screen has them, else one of the same batch.
         memory_budget_gb: Memory the counts may take on the device; larger screens are read by rows.
         out: Run folder. A checkpoint is written there after every epoch, the fit at the end.
         resume: Go on from the checkpoint in ``out`` if there is one.
@@ -199,6 +205,7 @@ def fit(
         elbo=None if elbo is None else type(elbo).__name__,
         particles=particles,
         compile=compile,
+        anchors=_anchors(anchors, pair.model, screen),
         memory_budget_gb=memory_budget_gb,
     )
     with _threads(threads):
@@ -234,15 +241,17 @@ class Trainer:
         for module in (pair.model, pair.guide):
             module.to(device)
         self._training_mode()  # an instance may be in evaluation mode, where its guide may draw otherwise
-        memory = training.memory_budget_gb
-        self.batches = Minibatches(
-            screen, split.train, training.batch_size, seed=seed, device=device, memory_budget_gb=memory
+        cells = partial(
+            Minibatches,
+            screen,
+            seed=seed,
+            device=device,
+            memory_budget_gb=training.memory_budget_gb,
+            anchors=training.anchors,
+            controls=split.train,
         )
-        self.validation = (
-            Minibatches(screen, split.validation, 1024, shuffle=False, device=device, memory_budget_gb=memory)
-            if len(split.validation)
-            else None
-        )
+        self.batches = cells(split.train, training.batch_size)
+        self.validation = cells(split.validation, 1024, shuffle=False) if len(split.validation) else None
         first = next(self.batches.epoch(0))
         with _same_draws(seed, device):
             check_pair(pair.model, pair.guide, first)
@@ -614,6 +623,12 @@ def _check_needs(model: nn.Module, screen: Screen) -> None:
         screen.require_counts()
     if "normalised" in needs:
         screen.require_normalised()
+
+
+def _anchors(asked: Anchors | None, model: nn.Module, screen: Screen) -> Anchors | None:
+    if "control" not in getattr(model, "needs", set()):
+        return None
+    return asked or ("twin" if screen.has_twins else "batch")
 
 
 def _check_sites(pair: Pair, batch: Batch, named: Mapping[str, float], particles: int) -> None:

@@ -58,7 +58,7 @@ def test_counts_are_held_in_the_smallest_safe_type(tiny_adata):
         screen = Screen(tiny_adata, layer="x")
         minibatches = Minibatches(screen, np.arange(400), 400, shuffle=False)
         np.testing.assert_array_equal(next(iter(minibatches)).x_ng, x_ng)
-        return minibatches._x_ng.dtype
+        return minibatches._cells._x_ng.dtype
 
     assert resident_type(32767) == torch.int16
     assert resident_type(32768) == torch.int32
@@ -98,3 +98,60 @@ def test_batches_on_a_gpu(tiny_screen):
         for a, b in zip(on_cpu.epoch(1), on_gpu.epoch(1), strict=True):
             assert b.x_ng.is_cuda and b.u_np.is_cuda and b.index_n.is_cuda
             torch.testing.assert_close(a.x_ng, b.x_ng.cpu(), rtol=0, atol=0)
+
+
+@pytest.fixture
+def twinned(tiny_adata):
+    tiny_adata.layers["twin"] = tiny_adata.X.toarray()[::-1] + 1.0
+    return Screen(tiny_adata, batch="batch", twin="twin")
+
+
+@pytest.mark.parametrize("budget", [4.0, 1e-6])
+def test_anchors_are_control_cells_of_the_same_batch(twinned, budget):
+    batches = Minibatches(twinned, ROWS, 32, anchors="batch", memory_budget_gb=budget)
+    seen = []
+    for batch in batches.epoch(1):
+        anchor = batch.control
+        assert anchor is not None and anchor.n_cells == batch.n_cells
+        np.testing.assert_array_equal(anchor.batch_nb, batch.batch_nb)
+        assert not anchor.u_np.any() and not anchor.condition_n.any()
+        controls = ROWS[twinned.condition_n[ROWS] == 0]
+        rows = controls[anchor.index_n.numpy()]
+        np.testing.assert_array_equal(anchor.x_ng, twinned.x(rows))
+        np.testing.assert_array_equal(anchor.library_n1[:, 0], twinned.library_n[rows])
+        seen += rows.tolist()
+    assert len(set(seen)) > 0.8 * len(controls)  # drawn, not one for all
+
+
+def test_anchors_depend_on_seed_and_epoch_only(tiny_screen):
+    def drawn(epoch, **settings):
+        batches = Minibatches(tiny_screen, ROWS, 32, anchors="random", **settings).epoch(epoch)
+        return torch.cat([b.control.index_n for b in batches]).tolist()
+
+    assert drawn(2) == drawn(2) != drawn(3)
+    assert drawn(2, seed=1) != drawn(2)
+
+
+def test_twins_come_with_their_cells(twinned):
+    for batch in Minibatches(twinned, ROWS, 32, anchors="twin").epoch(0):
+        rows = ROWS[batch.index_n.numpy()]
+        np.testing.assert_array_equal(batch.control.x_ng, twinned.twin_x(rows))
+        np.testing.assert_allclose(batch.control.library_n1[:, 0], twinned.twin_x(rows).sum(1))
+        assert not batch.control.u_np.any() and not batch.control.condition_n.any()
+
+
+def test_cells_without_an_anchor_are_named(tiny_adata, tiny_screen):
+    perturbed = np.flatnonzero(tiny_screen.condition_n)
+    with pytest.raises(DataError, match="none among the training cells; pass control="):
+        Minibatches(tiny_screen, perturbed, 32, anchors="random")
+    with pytest.raises(DataError, match="open the screen with twin="):
+        Minibatches(tiny_screen, ROWS, 32, anchors="twin")
+    tiny_adata.obs["lane"] = np.where(np.arange(400) == perturbed[0], "lonely", "full")
+    with pytest.raises(DataError, match="found none in lane=lonely.*anchors='random'"):
+        Minibatches(Screen(tiny_adata, batch="lane"), np.arange(400), 32, anchors="batch")
+
+
+def test_twins_of_another_kind_are_refused(tiny_adata):
+    tiny_adata.layers["twin"] = np.log1p(tiny_adata.X.toarray())
+    with pytest.raises(DataError, match="expected counts in the twins'"):
+        Screen(tiny_adata, twin="twin")

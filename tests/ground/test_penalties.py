@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 
-from pyro_causalcell.penalties import beta_sparsity, edge_cost
+from pyro_causalcell.penalties import alignment, beta_sparsity, edge_cost, matched, mmd_by_group
 
 
 def _factor(penalty, *arguments) -> torch.Tensor:
@@ -41,3 +41,48 @@ def test_particles_get_one_penalty_each():
     trace = poutine.trace(lambda: edge_cost("site", gate_spk, torch.ones(2))).get_trace()
     trace.compute_log_prob()
     torch.testing.assert_close(trace.nodes["site"]["log_prob"], -gate_spk.sum((1, 2)))
+
+
+def test_alignment_charges_squared_distances():
+    loc_nl, control_nl = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    torch.testing.assert_close(_factor(alignment, loc_nl, control_nl, 0.5), torch.tensor(0.5 * (5 + 9)))
+
+
+def test_matching_undoes_a_permutation_within_groups():
+    generator = torch.Generator().manual_seed(0)
+    loc_nl = torch.randn(40, 3, generator=generator)
+    group_n = torch.arange(40) % 4
+    shuffled_nl = loc_nl.clone()
+    for group in range(4):
+        rows = (group_n == group).nonzero().squeeze(1)
+        shuffled_nl[rows] = loc_nl[rows.flip(0)]
+    torch.testing.assert_close(matched(loc_nl, shuffled_nl, group_n), loc_nl)
+    assert not torch.allclose(matched(loc_nl, shuffled_nl.roll(1, 0), group_n), loc_nl)  # never across groups
+
+
+def test_mmd_by_group_is_the_u_statistic_of_each_group():
+    generator = torch.Generator().manual_seed(1)
+    x_nk = torch.randn(9, 2, generator=generator)
+    y_mk = torch.randn(7, 2, generator=generator) + 1
+    group_n = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
+
+    def kernel(a, b):
+        return torch.exp(-((a - b) ** 2).sum() / (2 * 3.0 * 2))
+
+    def u_statistic(x, y):
+        within_x = sum(kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j)
+        within_y = sum(kernel(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j)
+        across = sum(kernel(a, b) for a in x for b in y)
+        n, m = len(x), len(y)
+        return within_x / (n * (n - 1)) + within_y / (m * (m - 1)) - 2 * across / (n * m)
+
+    expected = (4 * u_statistic(x_nk[:4], y_mk) + 5 * u_statistic(x_nk[4:], y_mk)) / 9
+    torch.testing.assert_close(mmd_by_group(x_nk, group_n, y_mk, scales=(3.0,)), expected)
+    group_m = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    expected = (4 * u_statistic(x_nk[:4], y_mk[:3]) + 5 * u_statistic(x_nk[4:], y_mk[3:])) / 9
+    torch.testing.assert_close(mmd_by_group(x_nk, group_n, y_mk, group_m, (3.0,)), expected)
+
+
+def test_mmd_counts_cells_without_company_as_zero():
+    x_nk, group_n = torch.zeros(3, 2), torch.tensor([0, 1, 2])
+    assert mmd_by_group(x_nk, group_n, torch.ones(5, 2)) == 0
