@@ -7,10 +7,16 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyro_causalcell.batch import Batch
-from pyro_causalcell.distributions import Gate, GatedNormal, NegativeBinomial, UncertainMeanNormal
+from pyro_causalcell.distributions import (
+    Gate,
+    GatedNormal,
+    Likelihood,
+    UncertainMeanNormal,
+    measurement,
+    spread,
+)
 from pyro_causalcell.nets import Activation, Decoder, Norm, straight_through, with_interactions
 from pyro_causalcell.penalties import beta_sparsity, edge_cost
 
@@ -102,7 +108,7 @@ class SparseShift(PyroModule):
         target_cells: tuple[float, ...] = (),
         *,
         n_latents: int = 10,
-        likelihood: Literal["nb", "poisson", "gaussian"] = "nb",
+        likelihood: Likelihood = "nb",
         gates: Gates = "posterior",
         min_effect: float = 0.5,
         shift_scale: float = 3.0,
@@ -136,10 +142,7 @@ class SparseShift(PyroModule):
             norm=norm,
             activation=activation,
         )
-        if likelihood == "nb":
-            self.theta_g = PyroParam(torch.full((n_genes,), 5.0), constraint=constraints.positive)
-        if likelihood == "gaussian":
-            self.scale_g = PyroParam(torch.ones(n_genes), constraint=constraints.positive)
+        self.theta_g, self.scale_g = spread(likelihood, n_genes)
 
     def forward(self, batch: Batch) -> Tensor:
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
@@ -180,13 +183,8 @@ class SparseShift(PyroModule):
 
     def measurement(self, z_nk: Tensor, batch: Batch) -> dist.TorchDistribution:
         """p(x | z): counts around library × softmax, or a Gaussian around the decoder's output."""
-        logit_ng = self.decoder(z_nk, batch.batch_nb)
-        if self.likelihood == "gaussian":
-            return dist.Normal(logit_ng, self.scale_g)
-        log_mean_ng = batch.library_n1.log() + logit_ng.log_softmax(-1)
-        if self.likelihood == "poisson":
-            return dist.Poisson(log_mean_ng.exp())
-        return NegativeBinomial(inverse_dispersion=self.theta_g, log_mean=log_mean_ng)
+        output_ng = self.decoder(z_nk, batch.batch_nb)
+        return measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g)
 
     def rotate(self, map_kk: Tensor, offset_k: Tensor) -> None:
         """Take over new axes: z becomes ``z @ map_kk.T + offset_k``, with the same p(x | z)."""

@@ -45,6 +45,7 @@ __all__ = [
     "evaluate",
     "fit",
     "graph",
+    "interpret",
     "latents",
     "main",
     "predict",
@@ -61,6 +62,8 @@ MIN_PARTICLES = 25
 """Particles below which Pareto k cannot be estimated."""
 SURE = 0.9
 """Probability above which an edge counts as found."""
+LOW_FDR = 0.05
+"""False discovery rate below which a gene set counts as found."""
 DEMO_LATENTS = 10
 DEMO_EPOCHS = 60
 
@@ -200,6 +203,7 @@ def fit(
     dose: str | None = None,
     library: str | None = None,
     gene_symbols: str | None = None,
+    twin: str | None = None,
     min_cells: PositiveInt = 1,
     allow_empty: bool = False,
     backed: bool = False,
@@ -209,6 +213,8 @@ def fit(
     model: str = "sparse-shift",
     guide: str | None = None,
     latents: PositiveInt | None = None,
+    invariant: PositiveInt | None = None,
+    responsive: PositiveInt | None = None,
     likelihood: Literal["nb", "poisson", "gaussian"] | None = None,
     gates: Literal["posterior", "open", "closed", "sampled"] | None = None,
     settings: dict[str, Any] | None = None,
@@ -226,6 +232,7 @@ def fit(
     warmup: dict[str, PositiveInt] | None = None,
     particles: PositiveInt = 1,
     compile: bool | None = None,
+    anchors: Literal["batch", "random", "twin"] | None = None,
     memory_budget_gb: PositiveFloat = 4.0,
     seed: NonNegativeInt = 0,
     device: str = "auto",
@@ -250,6 +257,7 @@ def fit(
         dose: Column of obs with the dose of each cell.
         library: Column of obs with total counts; the sum over these genes if not given.
         gene_symbols: Column of var with gene names; the index if not given.
+        twin: Layer with, for each cell, a control cell of the same background, as simulations know it.
         min_cells: Stop if a perturbation has fewer cells than this.
         allow_empty: Accept cells and genes without any count.
         backed: Leave the matrix on disk and read cells as needed, for files larger than memory.
@@ -260,6 +268,8 @@ def fit(
         model: Name of a model, or your own as FILE.py:Class.
         guide: Its guide; the one of the same name, or of the same file, if not given.
         latents: Number of programmes.
+        invariant: Number of background programmes, of models that have them.
+        responsive: Number of programmes that perturbations act on, of such models.
         likelihood: "nb" or "poisson" for counts, "gaussian" for log-normalised values.
         gates: Member of the model family: "posterior" gives each edge a probability, "open" is the iVAE,
             "closed" the VAE, "sampled" the sVAE and sVAE+ of the authors' code.
@@ -280,6 +290,9 @@ def fit(
             bound, which is closer to the likelihood and takes longer.
         compile: Compile the training step: true at once, false never; where training is long enough to repay
             it if not given.
+        anchors: Control cell that a cell is compared with, for models that do: "batch" draws one of the same
+            batch, "random" any, "twin" takes its own from --twin; its own if there is one, else one of the
+            same batch, if not given.
         memory_budget_gb: Memory the counts may take; larger screens are read piece by piece.
         seed: Seed of everything random; the same seed gives the same fit.
         device: "auto" takes the GPU if there is one; or "cpu", "cuda".
@@ -290,7 +303,14 @@ def fit(
     """
     training = {name: value for name, value in locals().items() if name in TRAINING_SETTINGS}
     _claim_run(out, resume, overwrite)
-    chosen = _chosen_settings(settings, n_latents=latents, likelihood=likelihood, gates=gates)
+    chosen = _chosen_settings(
+        settings,
+        n_latents=latents,
+        n_invariant=invariant,
+        n_responsive=responsive,
+        likelihood=likelihood,
+        gates=gates,
+    )
     control = _control(control, no_controls)
     from pyro_causalcell import inference
     from pyro_causalcell.data import Screen, read
@@ -305,6 +325,7 @@ def fit(
         dose=dose,
         library=library,
         gene_symbols=gene_symbols,
+        twin=twin,
         separator=separator,
         min_cells=min_cells,
         allow_empty=allow_empty,
@@ -662,6 +683,7 @@ def report(
     out: Path,
     *,
     sbc: Path | None = None,
+    gmt: Path | None = None,
     particles: int = 200,
     seed: NonNegativeInt = 0,
     threads: PositiveInt | None = 1,
@@ -674,6 +696,7 @@ def report(
         data: The fitted cells (h5ad file), all of them.
         out: Page to write (HTML). It holds everything and opens without a network.
         sbc: Folder that the command sbc wrote for the same model, to show its results as well.
+        gmt: Gene sets (GMT file) to look for among the genes of programmes.
         particles: Draws per cell of the likelihood.
         seed: Seed of every random choice.
         threads: CPU threads; one is fastest for small models.
@@ -685,8 +708,70 @@ def report(
     from pyro_causalcell.report import write_report
 
     _use_threads(threads)
-    write_report(_load(run, device), read(data), out, sbc=sbc, n_particles=particles, seed=seed)
+    write_report(_load(run, device), read(data), out, sbc=sbc, gmt=gmt, n_particles=particles, seed=seed)
     print(f"report: {out}")
+
+
+def interpret(
+    run: Path,
+    out: Path = Path("interpretation"),
+    *,
+    data: Path | None = None,
+    gmt: Path | None = None,
+    cells: PositiveInt = 1000,
+    seed: NonNegativeInt = 0,
+    threads: PositiveInt | None = 1,
+    device: str = "auto",
+) -> None:
+    """Say what programmes and doubles mean: genes, gene sets, kinds of interaction.
+
+    Args:
+        run: Run folder of the fit.
+        out: Folder to write: signatures.csv and signatures.png (how genes follow each programme);
+            attributions.csv with --data (from which genes each programme is read); enrichment.csv with
+            --gmt; interactions.csv and interactions.png for a screen with doubles.
+        data: Cells (h5ad file), the fitted ones or others of the same genes and perturbations. Without them
+            doubles are predicted alone.
+        gmt: Gene sets (GMT file) to look for among the genes of programmes.
+        cells: Cells drawn of control and of each single and double.
+        seed: Seed of every random choice.
+        threads: CPU threads; one is fastest for small models.
+        device: "auto" takes the GPU if there is one; or "cpu", "cuda".
+    """
+    _check_folder(out)
+    from pyro_causalcell import evaluate as rooms
+    from pyro_causalcell import plot
+    from pyro_causalcell.data import Screen, read, read_gmt
+
+    gene_sets = None if gmt is None else read_gmt(gmt)
+    fitted = _load(run, device)
+    _use_threads(threads)
+    screen = None if data is None else Screen.from_spec(fitted.screen, read(data))
+    signatures = rooms.programme_signatures(fitted, seed=seed)
+    standardised = signatures["standardised"].to_pandas()
+    found = None if gene_sets is None else rooms.enrichment(standardised, gene_sets, seed=seed)
+    attributions = None if screen is None else _attributions(fitted, screen, seed)
+    doubles = rooms.doubles_of(fitted.screen)
+    kinds = rooms.classify_doubles(fitted, screen, n_cells=cells, seed=seed) if doubles else None
+    _write_csv(signatures.to_dataframe().reset_index(), out / "signatures.csv")
+    _write_png(plot.signature_heatmap(standardised), out / "signatures.png")
+    print(f"signatures: {len(standardised)} programmes x {standardised.shape[1]} genes")
+    if attributions is not None:
+        _write_csv(attributions, out / "attributions.csv")
+        print("attributions: from which genes the encoder reads each programme")
+    if found is not None:
+        _write_csv(found, out / "enrichment.csv")
+        tested, below = found["gene_set"].nunique(), int((found["fdr"] < LOW_FDR).sum())
+        of = f"{tested} of {len(gene_sets or ())} gene sets"
+        print(f"enrichment: {of} have enough genes of the screen, {below} finds with FDR below {LOW_FDR}")
+    if kinds is None:
+        print("interactions: left out, the screen has no doubles")
+    else:
+        _write_csv(kinds, out / "interactions.csv")
+        _print_kinds(kinds)
+        if (kinds["kind"] != "unknown").any():
+            _write_png(plot.interaction_map(kinds), out / "interactions.png")
+    print(f"interpretation: {out}")
 
 
 def compare(
@@ -1075,6 +1160,26 @@ def _print_checks(table: "pd.DataFrame") -> None:
         )
 
 
+def _attributions(fitted: "Fit", screen: "Screen", seed: int) -> "pd.DataFrame | None":
+    """One row a programme and gene; None, with a word, where captum is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("captum") is None:
+        print("attributions: left out, they need captum: pip install 'pyro-causalcell[interpret]'")
+        return None
+    from pyro_causalcell.evaluate import encoder_attributions
+
+    table = encoder_attributions(fitted, screen, seed=seed)
+    return table[["attribution", "magnitude"]].to_dataframe().reset_index()
+
+
+def _print_kinds(table: "pd.DataFrame") -> None:
+    """How many doubles of each kind are measured and predicted."""
+    for source, rows in table.groupby("source", sort=False):
+        counts = rows["kind"].value_counts()
+        print(f"{source}: {', '.join(f'{n} {kind}' for kind, n in counts.items())}")
+
+
 def _check_out(out: Path, *inputs: Path) -> None:
     """Tell before the work what would stop its result from being written."""
     if out.is_dir():
@@ -1164,8 +1269,8 @@ class _Command(NamedTuple):
 
 _TRAINING = (
     "epochs N, max_epochs N, patience N, warm_start N, batch_size N, lr X, lr_drops N, adam_eps X, "
-    "weight_decay X, clip X, weights ..., warmup ..., particles N, compile true|false, memory_budget_gb X, "
-    "seed N, device auto|cpu|cuda, threads N"
+    "weight_decay X, clip X, weights ..., warmup ..., particles N, compile true|false, "
+    "anchors batch|random|twin, memory_budget_gb X, seed N, device auto|cpu|cuda, threads N"
 )
 
 TRAINING_SETTINGS = {option.split()[0] for option in _TRAINING.split(", ")}
@@ -1193,11 +1298,12 @@ COMMANDS = {
         ("data",),
         {
             "your data": "perturbation COLUMN, control NAME, no_controls, layer LAYER, batch COLUMN, "
-            "separator TEXT, time COLUMN, dose COLUMN, library COLUMN, gene_symbols COLUMN, min_cells N, "
-            "allow_empty, backed",
+            "separator TEXT, time COLUMN, dose COLUMN, library COLUMN, gene_symbols COLUMN, twin LAYER, "
+            "min_cells N, allow_empty, backed",
             "cells kept out of training": "validation FRACTION, test FRACTION, hold_out NAME",
             "model": "model NAME|FILE.py:Class, guide NAME|FILE.py:Class, latents K, "
-            "likelihood nb|poisson|gaussian, gates posterior|open|closed|sampled, settings ...",
+            "invariant L, responsive V, likelihood nb|poisson|gaussian, "
+            "gates posterior|open|closed|sampled, settings ...",
             "training": _TRAINING,
             "result": "out RUN, resume, overwrite, quiet",
         },
@@ -1260,8 +1366,17 @@ COMMANDS = {
         ("run", "data"),
         {
             "result": "out FILE.html",
-            "evidence": "sbc FOLDER, particles N",
+            "evidence": "sbc FOLDER, gmt FILE.gmt, particles N",
             "how": "seed N, threads N, device auto|cpu|cuda",
+        },
+    ),
+    "interpret": _Command(
+        interpret,
+        ("run",),
+        {
+            "result": "out FOLDER",
+            "what to add": "data FILE.h5ad, gmt FILE.gmt",
+            "how": "cells N, seed N, threads N, device auto|cpu|cuda",
         },
     ),
     "compare": _Command(

@@ -1,16 +1,31 @@
 """Distributions the generative processes are written with."""
 
 import math
+from typing import Any, Literal, get_args
 
 import pyro.distributions as dist
 import torch
+from pyro.nn import PyroParam
 from torch import Tensor
 from torch.distributions import constraints, register_kl
 from torch.distributions.utils import broadcast_all
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import logsigmoid, softplus
 
-__all__ = ["Gate", "GatedNormal", "MeanFieldGate", "NegativeBinomial", "UncertainMeanNormal"]
+__all__ = [
+    "Gate",
+    "GatedNormal",
+    "Likelihood",
+    "MeanFieldGate",
+    "NegativeBinomial",
+    "StraightThroughGate",
+    "UncertainMeanNormal",
+    "measurement",
+    "spread",
+]
+
+Likelihood = Literal["nb", "poisson", "gaussian"]
+"""``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values."""
 
 Shape = torch.Size | list[int] | tuple[int, ...]
 
@@ -191,6 +206,21 @@ class MeanFieldGate(Gate):
         return self.probs.expand(self._extended_shape(sample_shape))
 
 
+class StraightThroughGate(Gate):
+    """A Gate that is drawn open or closed, with the gradient of a relaxed draw at temperature 1.
+
+    Source: Jang et al., ICLR 2017 (straight-through Gumbel estimator, for two states).
+    """
+
+    has_rsample = True
+
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:
+        """0 or 1."""
+        noise = torch.rand(self._extended_shape(sample_shape), device=self.probs.device)
+        soft = torch.sigmoid(torch.logit(self.probs, eps=1e-6) + torch.logit(noise.clamp(1e-6, 1 - 1e-6)))
+        return (soft > 0.5).to(soft) + (soft - soft.detach())
+
+
 class GatedNormal(dist.Normal):
     """The slab of a spike and slab: a Normal that counts only as far as its gate is open.
 
@@ -265,6 +295,47 @@ class UncertainMeanNormal(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """log Normal(value; loc, 1) − loc_var / 2."""
         return dist.Normal(self.loc, 1.0, validate_args=False).log_prob(value) - self.loc_var / 2
+
+
+def spread(likelihood: Likelihood, n_genes: int) -> tuple[Any, Any]:
+    """The parameters that a measurement has beside its mean, for a model to own.
+
+    Args:
+        likelihood: Kind of measurement.
+        n_genes: Genes g.
+
+    Returns:
+        Inverse dispersions θ_g of ``"nb"`` and standard deviations of ``"gaussian"``, each a PyroParam of
+        shape g, or None for the other kinds.
+
+    Raises:
+        ValueError: The likelihood is none of the three.
+    """
+    if likelihood not in get_args(Likelihood):
+        raise ValueError(f"likelihood is one of {list(get_args(Likelihood))}, not {likelihood!r}")
+    theta_g, scale_g = (
+        PyroParam(torch.full((n_genes,), start), constraint=constraints.positive) for start in (5.0, 1.0)
+    )
+    return theta_g if likelihood == "nb" else None, scale_g if likelihood == "gaussian" else None
+
+
+def measurement(
+    output_ng: Tensor, library_n1: Tensor, theta_g: Tensor | None, scale_g: Tensor | None
+) -> dist.TorchDistribution:
+    """p(x | z): counts around library × softmax, or a Gaussian around the decoder's output.
+
+    Args:
+        output_ng: What the decoder says, shape (..., n, g).
+        library_n1: Total counts.
+        theta_g: Inverse dispersions; None, with ``scale_g`` None, makes Poisson counts.
+        scale_g: Standard deviations; with them x is Gaussian.
+    """
+    if scale_g is not None:
+        return dist.Normal(output_ng, scale_g)
+    log_mean_ng = library_n1.log() + output_ng.log_softmax(-1)
+    if theta_g is None:
+        return dist.Poisson(log_mean_ng.exp())
+    return NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_ng)
 
 
 @register_kl(dist.Normal, UncertainMeanNormal)

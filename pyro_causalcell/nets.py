@@ -6,7 +6,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "Activation", "Decoder", "Encoder", "Norm", "straight_through", "with_interactions"]
+from pyro_causalcell.distributions import StraightThroughGate
+
+__all__ = [
+    "MLP",
+    "Activation",
+    "Decoder",
+    "Encoder",
+    "MaskedLinear",
+    "Norm",
+    "straight_through",
+    "with_interactions",
+]
 
 Norm = Literal["none", "batch", "layer"]
 Activation = Literal["relu", "leaky_relu", "silu"]
@@ -58,6 +69,24 @@ class MLP(nn.Module):
         """Hidden units of shape (..., n_hidden); BatchNorm sees all leading dimensions as one."""
         hidden: Tensor = self.layers(x.reshape(-1, x.shape[-1]))
         return hidden.reshape(*x.shape[:-1], hidden.shape[-1])
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer whose weights are multiplied by a fixed mask.
+
+    Args:
+        mask_oi: Multiplier of the weight from input i to output o.
+    """
+
+    mask_oi: Tensor
+
+    def __init__(self, mask_oi: Tensor):
+        super().__init__(mask_oi.shape[1], mask_oi.shape[0])
+        self.register_buffer("mask_oi", mask_oi)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs, shape (..., o)."""
+        return nn.functional.linear(x, self.weight * self.mask_oi, self.bias)
 
 
 class Encoder(nn.Module):
@@ -170,12 +199,9 @@ def straight_through(u_np: Tensor, gate_pk: Tensor, shift_pk: Tensor) -> Tensor:
     Returns:
         Shape n, k.
 
-    Source: Jang et al., ICLR 2017 (straight-through Gumbel-sigmoid at temperature 1), one draw for every
-    target that a cell carries.
+    Source: Lopez et al., CLeaR 2023, released code: one draw for every target that a cell carries.
     """
     cell_m, target_m = u_np.nonzero(as_tuple=True)
-    noise_mk = torch.rand(len(cell_m), gate_pk.shape[-1], device=u_np.device).clamp(1e-6, 1 - 1e-6)
-    soft_mk = torch.sigmoid(torch.logit(gate_pk[target_m], eps=1e-6) + torch.logit(noise_mk))
-    hard_mk = (soft_mk > 0.5).to(soft_mk) + soft_mk - soft_mk.detach()
+    hard_mk = StraightThroughGate(gate_pk[target_m], validate_args=False).rsample()
     shift_mk = u_np[cell_m, target_m].unsqueeze(-1) * hard_mk * shift_pk[target_m]
     return torch.zeros(len(u_np), gate_pk.shape[-1], device=u_np.device).index_add(0, cell_m, shift_mk)

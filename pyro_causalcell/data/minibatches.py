@@ -15,6 +15,7 @@ from pyro_causalcell.errors import DataError
 __all__ = ["Anchors", "Minibatches"]
 
 Anchors = Literal["batch", "random", "twin"]
+"""Where the control cell that a cell is compared with comes from; see :class:`Minibatches`."""
 
 
 class Minibatches:

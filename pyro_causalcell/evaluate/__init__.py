@@ -28,6 +28,14 @@ from pyro_causalcell.evaluate.identifiability import (
     shift_rank,
     udr,
 )
+from pyro_causalcell.evaluate.interpret import (
+    classify_doubles,
+    doubles_of,
+    encoder_attributions,
+    enrichment,
+    interaction_classes,
+    programme_signatures,
+)
 from pyro_causalcell.evaluate.likelihood import compare_likelihoods, interventional_nll, iw_nll
 from pyro_causalcell.evaluate.recovery import Matching, matching, recovery, reliability, top_two_graph
 from pyro_causalcell.evaluate.response import (
@@ -91,6 +99,7 @@ __all__ = [
     "calibration",
     "centroid_accuracy",
     "check",
+    "classify_doubles",
     "compare_likelihoods",
     "de_labels_top_k",
     "de_labels_train",
@@ -99,11 +108,15 @@ __all__ = [
     "direction_match",
     "discrepancy_vae_mmd",
     "distance_scores",
+    "doubles_of",
     "e_distance",
     "e_distance_with_diagonal",
     "ecdf_band",
     "effect_weights",
+    "encoder_attributions",
+    "enrichment",
     "interaction_auroc",
+    "interaction_classes",
     "interaction_pearson",
     "interaction_residual",
     "interventional_nll",
@@ -122,6 +135,7 @@ __all__ = [
     "posterior_predictive_checks",
     "precision_at_k",
     "prior_predictive_checks",
+    "programme_signatures",
     "r2_by_regression",
     "r2_of_effects",
     "r2_of_means",

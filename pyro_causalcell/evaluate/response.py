@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import false_discovery_control, mannwhitneyu, rankdata, ttest_ind_from_stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from pyro_causalcell.data import Screen
+from pyro_causalcell.data import Screen, ScreenSpec
 from pyro_causalcell.errors import DataError
 
 __all__ = [
@@ -124,7 +124,7 @@ METRICS: dict[str, Metric] = {
 # ---------------------------------------------------------------- which genes
 
 
-def other_genes(screen: Screen, conditions: Sequence[str]) -> Mask:
+def other_genes(screen: Screen | ScreenSpec, conditions: Sequence[str]) -> Mask:
     """Which genes to score, shape (c, g): all but the perturbed genes themselves, whose change is no news."""
     u_cp = screen.design(conditions)
     is_target_pg = np.array(screen.targets)[:, None] == np.array(screen.genes)[None, :]

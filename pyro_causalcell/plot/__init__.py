@@ -5,6 +5,7 @@ from pyro_causalcell.plot.checks import pareto_k, predictive_checks, reliability
 from pyro_causalcell.plot.comparison import calibrated_scores, compare_methods, study_table
 from pyro_causalcell.plot.effects import effect_intervals
 from pyro_causalcell.plot.graph import graph_heatmap, order_graph, top_genes
+from pyro_causalcell.plot.interpret import interaction_map, signature_heatmap
 from pyro_causalcell.plot.style import DIVERGING, OKABE_ITO, style
 from pyro_causalcell.plot.training import training_curve
 
@@ -16,6 +17,7 @@ __all__ = [
     "coverage",
     "effect_intervals",
     "graph_heatmap",
+    "interaction_map",
     "order_graph",
     "pareto_k",
     "pit",
@@ -24,6 +26,7 @@ __all__ = [
     "reliability",
     "risk_coverage",
     "sbc_ranks",
+    "signature_heatmap",
     "study_table",
     "style",
     "top_genes",

@@ -1,29 +1,27 @@
 """Everything the page shows, computed from a fit and its cells."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 from numpy.typing import NDArray
-from pyro import poutine
 
 from pyro_causalcell.baselines import ModelPredictor, score_predictors
-from pyro_causalcell.data import Minibatches, Screen
+from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import DataError, PredictionError
 from pyro_causalcell.evaluate.audit import Audit, audit
 from pyro_causalcell.evaluate.calibration import Calibration, calibration
 from pyro_causalcell.evaluate.checks import OF_COUNTS, OF_NORMALISED, check
 from pyro_causalcell.evaluate.draws import draw_globals, replicates
+from pyro_causalcell.evaluate.interpret import classify_doubles, doubles_of, enrichment, programme_signatures
 from pyro_causalcell.evaluate.likelihood import iw_nll
 from pyro_causalcell.inference import Fit
-from pyro_causalcell.inference.posterior import is_local, sample_sites
 from pyro_causalcell.predict import effects, graph, programme_names
 from pyro_causalcell.report.replicates import Moments
 
-__all__ = ["ALL_CELLS", "Cells", "Evidence", "control_rows", "gather", "programme_genes", "scored_means"]
+__all__ = ["ALL_CELLS", "Cells", "Evidence", "control_rows", "gather", "scored_means"]
 
 INTERVAL = 0.9
 ALL_CELLS = "all cells"
@@ -73,7 +71,9 @@ class Evidence:
     Attributes:
         graph: Columns perturbation, programme, probability, effect, effect_sd; no rows if the model has no
             edges.
-        loadings: Programme by gene.
+        signatures: What ``evaluate.programme_signatures`` returns.
+        enrichment: What ``evaluate.enrichment`` returns; None without gene sets.
+        doubles: What ``evaluate.classify_doubles`` returns; None for a screen without doubles.
         effects: Gene effects of the perturbations with a likely edge; None if there are none.
         held_out: Cells of the comparison with the baselines.
         scores: Columns method, condition, metric, value; empty if no condition has enough cells.
@@ -90,7 +90,9 @@ class Evidence:
     """
 
     graph: pd.DataFrame
-    loadings: pd.DataFrame
+    signatures: xr.Dataset
+    enrichment: pd.DataFrame | None
+    doubles: pd.DataFrame | None
     effects: xr.Dataset | None
     held_out: Cells
     scores: pd.DataFrame
@@ -106,7 +108,13 @@ class Evidence:
     n_particles: int
 
 
-def gather(fit: Fit, screen: Screen, n_particles: int, seed: int) -> Evidence:
+def gather(
+    fit: Fit,
+    screen: Screen,
+    n_particles: int,
+    seed: int,
+    gene_sets: Mapping[str, Sequence[str]] | None = None,
+) -> Evidence:
     """Compute everything.
 
     Args:
@@ -114,11 +122,15 @@ def gather(fit: Fit, screen: Screen, n_particles: int, seed: int) -> Evidence:
         screen: The cells it was fitted on, all of them.
         n_particles: Draws per cell of the likelihood.
         seed: Of every random choice.
+        gene_sets: Name -> genes, to look for among the genes of programmes.
 
     Raises:
-        DataError: ``screen`` has another number of cells than the fitted one.
+        DataError: ``screen`` has another number of cells than the fitted one, or no gene set has enough of
+            its genes.
     """
     held_out = _held_out(fit, screen)
+    signatures = programme_signatures(fit, seed=seed)
+    found = _enrichment(signatures, gene_sets, seed)  # before the long work: foreign gene names end it
     edges = _edges(fit)
     likely = [
         p for p in dict.fromkeys(edges.loc[edges["probability"] > 0.5, "perturbation"]) if p in screen.targets
@@ -128,7 +140,9 @@ def gather(fit: Fit, screen: Screen, n_particles: int, seed: int) -> Evidence:
     checks, table = _checks(fit, screen, checked.rows, seed)
     return Evidence(
         graph=edges,
-        loadings=programme_genes(fit, screen, seed=seed),
+        signatures=signatures,
+        enrichment=found,
+        doubles=classify_doubles(fit, screen, seed=seed) if doubles_of(fit.screen) else None,
         effects=effects(fit, likely, interval=INTERVAL, seed=seed) if likely else None,
         held_out=held_out,
         scores=scored_means(fit, screen, held_out.rows, seed),
@@ -143,6 +157,14 @@ def gather(fit: Fit, screen: Screen, n_particles: int, seed: int) -> Evidence:
         likelihood=iw_nll(fit, screen, weighed.rows, n_particles=n_particles, seed=seed),
         n_particles=n_particles,
     )
+
+
+def _enrichment(
+    signatures: xr.Dataset, gene_sets: Mapping[str, Sequence[str]] | None, seed: int
+) -> pd.DataFrame | None:
+    if gene_sets is None:
+        return None
+    return enrichment(signatures["standardised"].to_pandas(), gene_sets, seed=seed)
 
 
 def _edges(fit: Fit) -> pd.DataFrame:
@@ -201,52 +223,6 @@ def control_rows(fit: Fit, screen: Screen) -> NDArray[np.int64]:
     """Control cells that the model was trained on; none for a screen without controls."""
     train = fit.split.train
     return train[screen.condition_n[train] == 0]
-
-
-def programme_genes(fit: Fit, screen: Screen, n_cells: int = 256, seed: int = 0) -> pd.DataFrame:
-    """How each gene follows each programme.
-
-    Control cells with the median library are drawn from the model; one programme at a time is set half a
-    unit up and half a unit down, all others held. Without measured controls the drawn cells take their
-    libraries and batches from the perturbed cells that were trained on.
-
-    Args:
-        fit: The fit.
-        screen: Cells whose library and batches are used.
-        n_cells: Control cells drawn.
-        seed: Of the draws.
-
-    Returns:
-        Programme by gene: change of the expected value per unit, in standard deviations of the gene among
-        these cells. So a gene leads because its change stands out, not because it is rare.
-    """
-    control = control_rows(fit, screen)
-    pool = control if len(control) else fit.split.train
-    rows = np.random.default_rng(seed).choice(pool, min(n_cells, len(pool)), replace=False)
-    batch = next(iter(Minibatches(screen, rows, len(rows), shuffle=False, device=fit.device)))
-    batch = batch._replace(
-        x_ng=None,
-        u_np=torch.zeros_like(batch.u_np),
-        condition_n=torch.zeros_like(batch.condition_n),
-        library_n1=torch.full_like(batch.library_n1, float(batch.library_n1.median())),
-    )
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        drawn = sample_sites(poutine.trace(fit.model).get_trace(batch))
-        latents = {name: site["value"] for name, site in drawn.items() if is_local(site) and name != "x"}
-
-        def mean_g(name: str, moved: torch.Tensor) -> torch.Tensor:
-            model = poutine.condition(fit.model, data={**latents, name: moved})
-            return poutine.trace(model).get_trace(batch).nodes["x"]["fn"].mean.mean(0)
-
-        fn = drawn["x"]["fn"]
-        sd_g = (fn.variance.mean(0) + fn.mean.var(0)).sqrt()
-        change_kg = []
-        for name, value_nk in latents.items():
-            for step_k in 0.5 * torch.eye(value_nk.shape[-1], device=value_nk.device):
-                change_g = mean_g(name, value_nk + step_k) - mean_g(name, value_nk - step_k)
-                change_kg.append(change_g / sd_g)
-    return pd.DataFrame(torch.stack(change_kg).cpu().numpy(), programme_names(fit), screen.genes)
 
 
 def scored_means(fit: Fit, screen: Screen, rows: NDArray[np.int64], seed: int) -> pd.DataFrame:

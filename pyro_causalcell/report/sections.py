@@ -19,6 +19,7 @@ __all__ = [
     "calibration_section",
     "checks_section",
     "comparison_section",
+    "doubles_section",
     "effects_section",
     "graph_section",
     "likelihood_section",
@@ -31,6 +32,7 @@ __all__ = [
 
 _SHOWN = 60  # perturbations drawn before those without an edge are left to the table
 _LISTED = 10  # genes of a perturbation in the table of effects
+_FDR = 0.05  # below which a gene set is named
 _DRAWN = ["rmse", "pearson_control", "pearson_perturbed"]  # metrics with a panel of their own
 _SYMBOLS = {"ok": "✓ ok", "warning": "! warning", "fails": "✗ fails", "unknown": "? unknown"}
 
@@ -112,24 +114,28 @@ def graph_section(graph: pd.DataFrame) -> str:
     return picture + "<h3>All edges</h3>" + html.paragraph(text) + html.table(rows, formats, label=label)
 
 
-def programmes_section(loadings: pd.DataFrame, graph: pd.DataFrame) -> str:
-    """Top genes of the programmes that perturbations move, and of the others on a click.
+def programmes_section(
+    signatures: xr.Dataset, graph: pd.DataFrame, enrichment: pd.DataFrame | None = None
+) -> str:
+    """Top genes of the programmes that perturbations move, and of the others on a click; gene sets they hold.
 
     Args:
-        loadings: Programme by gene, signed, in standard deviations of the gene.
+        signatures: What ``evaluate.programme_signatures`` returns.
         graph: Columns perturbation, programme, probability, effect.
+        enrichment: What ``evaluate.enrichment`` returns; None without gene sets.
     """
+    standardised = signatures["standardised"].to_pandas()
     used = list(shared_programmes(graph, 0.5))
-    idle = [name for name in loadings.index if name not in used]
+    idle = [name for name in standardised.index if name not in used]
     body = html.paragraph(
-        "Genes whose change stands out most when one programme rises by one unit (a standard deviation in "
-        "the control state), all others held. Orange rises, blue falls; turn every sign of a panel and the "
-        "programme is the same."
+        "Genes whose change stands out most when one programme goes from one standard deviation below its "
+        "mean in control cells to one above, all others held. Orange rises, blue falls; turn every sign of a "
+        "panel and the programme is the same."
     )
     if used:
         members = [f"{plain(name)}: {join(hit)}" for name, hit in shared_programmes(graph, 0.5).items()]
         caption = f"Moved by at least one perturbation. {'; '.join(members)}."
-        body += html.figure(plot.top_genes(loadings, used), caption)
+        body += html.figure(plot.top_genes(standardised, used, unit=_CHANGE), caption)
     if idle:
         caption = (
             "Programmes that no perturbation is likely to move: variation among all cells, or, where all "
@@ -137,9 +143,102 @@ def programmes_section(loadings: pd.DataFrame, graph: pd.DataFrame) -> str:
         )
         body += html.details(
             f"{len(idle)} programmes that no perturbation moves",
-            html.figure(plot.top_genes(loadings, idle), caption),
+            html.figure(plot.top_genes(standardised, idle, unit=_CHANGE), caption),
         )
-    return body
+    caption = "The genes that lead each programme, in all programmes: what two share shows in both columns."
+    shared = html.figure(plot.signature_heatmap(standardised, unit=_CHANGE), caption)
+    rows = html.table(_leading(signatures), {"change": "{:+.3f}".format, _CHANGE_SD: "{:+.2f}".format})
+    text = (
+        f"The {_LISTED} leading genes of each programme. Change: of the expected expression, in "
+        f"{signatures.attrs['change_units']}."
+    )
+    body += html.details("Genes that programmes share", shared)
+    body += html.details("The leading genes in numbers", html.paragraph(text) + rows)
+    return body if enrichment is None else body + _enrichment(enrichment, used)
+
+
+_CHANGE = "change from low to high (s.d. of the gene)"
+_CHANGE_SD = "in s.d. of the gene"
+
+
+def _leading(signatures: xr.Dataset) -> pd.DataFrame:
+    """The genes of each programme whose change stands out most."""
+    frame = signatures[["change", "standardised"]].to_dataframe().reset_index()
+    order = frame["standardised"].abs().sort_values(ascending=False, kind="stable").index
+    frame = frame.loc[order].groupby("programme", sort=False).head(_LISTED)
+    place = {name: i for i, name in enumerate(signatures["programme"].values)}
+    frame = frame.sort_values("programme", key=lambda c: c.map(place), kind="stable")
+    return frame[["programme", "gene", "change", "standardised"]].rename(columns={"standardised": _CHANGE_SD})
+
+
+def _enrichment(table: pd.DataFrame, used: Sequence[str]) -> str:
+    """Gene sets at the ends of the programmes' ranked genes."""
+    found = table[table["fdr"] < _FDR]
+    few = []
+    for name, rows in found[found["programme"].isin(used)].groupby("programme", sort=False):
+        first = [
+            f"{row.gene_set} {'rises' if row.score > 0 else 'falls'}" for row in rows.head(3).itertuples()
+        ]
+        few.append(f"{plain(name)}: {join(first)}.")
+    text = (
+        "All genes of the screen were ranked by each programme's change, and each gene set asked whether its "
+        "measured genes gather at one end. The score is positive where they rise with the programme. FDR: "
+        "the share of false finds among the sets of one programme with a score this large. Only genes of the "
+        "screen count, so a small panel finds little."
+    )
+    said = html.items(few) if few else html.paragraph(f"No set has an FDR below {_FDR} in a moved programme.")
+    names = {"gene_set": "gene set", "n_genes": "genes", "p_value": "p-value", "fdr": "FDR"}
+    rows = table.rename(columns={**names, "leading_genes": "leading genes"})
+    formats = {"score": "{:+.2f}".format, "genes": "{:.0f}".format, "FDR": "{:.3f}".format}
+    return f"<h3>Gene sets</h3>{html.paragraph(text)}{said}{html.table(rows, formats)}"
+
+
+def doubles_section(table: pd.DataFrame) -> str:
+    """Kinds of interaction of the doubles, as the cells show them and as the model predicts them.
+
+    Args:
+        table: What ``evaluate.classify_doubles`` returns.
+    """
+    text = (
+        "What two perturbations do together, beside the sum of what they do alone. Additive: the sum, "
+        "within a fifth. Suppressed: much shorter than the longer of the two. Saturated: both push the "
+        "same way and together less than the sum. Dominant: one of the two effects is gone. New programme: "
+        "something that no mixture of the two makes. The noise of the means is taken off; the targets' own "
+        "genes are left out."
+    )
+    known = table[table["kind"] != "unknown"]
+    caption = (
+        "Each double by its distance from the sum and the length of its effect. Below the dashed line the "
+        "effects add; above it and left of the dotted line the double is suppressed."
+    )
+    body = html.paragraph(text) + html.items(_kinds(table))
+    if len(known):
+        body += html.figure(plot.interaction_map(known), caption)
+    read = (
+        "Agreement: the share of resamples of the genes with the same kind; below 0.9 do not build on the "
+        "kind. A pair of which one target does next to nothing is additive, and that says nothing. A model "
+        "that was trained on a double has seen what it predicts here. Unknown: control, a single or the "
+        "double itself was not measured."
+    )
+    formats = {name: "{:.2f}".format for name in table.columns if pd.api.types.is_float_dtype(table[name])}
+    columns = {name: name.replace("_", " ") for name in table}
+    rows = table.drop(columns=["first", "second"]).rename(columns=columns)
+    numbers = html.table(rows, {columns[name]: write for name, write in formats.items()})
+    return body + html.paragraph(read, "note") + html.details("All doubles in numbers", numbers)
+
+
+def _kinds(table: pd.DataFrame) -> list[str]:
+    """How many doubles of each kind each source has, and how often the two agree."""
+    sentences = []
+    for source, rows in table.groupby("source", sort=False):
+        counts = rows["kind"].value_counts()
+        sentences.append(f"{source}: {join([f'{n} {kind}' for kind, n in counts.items()])}.".capitalize())
+    kinds = table[table["kind"] != "unknown"].pivot(index="double", columns="source", values="kind")
+    if {"measured", "predicted"} <= set(kinds):
+        both = kinds.dropna()
+        same = int((both["measured"] == both["predicted"]).sum())
+        sentences.append(f"The model gives the measured kind of {same} of {len(both)} doubles.")
+    return sentences
 
 
 def effects_section(effects: xr.Dataset | None, interval: float, *, controls: bool = True) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 
 import pyro_causalcell
 from pyro_causalcell.batch import Dims
-from pyro_causalcell.data import Screen
+from pyro_causalcell.data import Screen, read_gmt
 from pyro_causalcell.data.spec import CONTROL
 from pyro_causalcell.errors import DataError
 from pyro_causalcell.inference import Fit
@@ -39,17 +39,19 @@ def write_report(
     path: str | Path,
     *,
     sbc: str | Path | None = None,
+    gmt: str | Path | None = None,
     n_particles: int = 200,
     seed: int = 0,
 ) -> Path:
     """Write a page about a fit that opens from disk in any browser, without a network.
 
-    The page has: what was found in sentences; the graph of perturbations and programmes; genes of programmes;
-    effects with intervals; held-out means beside all baselines, with scores between a floor and a ceiling;
-    predictive checks by statistic and condition; calibration of intervals per class of genes; the audit of
-    the design; simulation-based calibration if it was run; likelihood; training. Each part says what its
-    numbers mean and when to distrust them. Its tables sort, and filter by perturbation, with a script in the
-    page; without scripts everything is shown.
+    The page has: what was found in sentences; the graph of perturbations and programmes; genes of programmes,
+    and gene sets they hold; effects with intervals; kinds of the doubles, if there are any; held-out means
+    beside all baselines, with scores between a floor and a ceiling; predictive checks by statistic and
+    condition; calibration of intervals per class of genes; the audit of the design; simulation-based
+    calibration if it was run; likelihood; training. Each part says what its numbers mean and when to distrust
+    them. Its tables sort, and filter by perturbation, with a script in the page; without scripts everything
+    is shown.
 
     Args:
         fit: The fit.
@@ -57,6 +59,7 @@ def write_report(
         path: The HTML file; an older file stays until the new one is whole.
         sbc: Folder that ``pyro-causalcell sbc`` wrote for the same pair; without it the page says how to make
             one.
+        gmt: GMT file with gene sets to look for among the genes of programmes.
         n_particles: Draws per cell of the importance-weighted likelihood.
         seed: Of every random choice; the same seed gives the same numbers.
 
@@ -65,14 +68,17 @@ def write_report(
 
     Raises:
         DataError: ``data`` are not the fitted cells, the folder ``sbc`` lacks a file or is of another model,
-            or the file cannot be written.
+            ``gmt`` holds no gene sets of these genes, or the file cannot be written.
+        CausalCellError: Gene sets were given, and gseapy is not installed.
     """
     screen = data if isinstance(data, Screen) else Screen.from_spec(fit.screen, data)
     path = Path(path)
     ranks = None if sbc is None else read_ranks(sbc, fit)
+    gene_sets = None if gmt is None else read_gmt(gmt)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # before the work, so that a bad place is said at once
-        atomic_write(path, render(fit, screen, gather(fit, screen, n_particles, seed), ranks))
+        evidence = gather(fit, screen, n_particles, seed, gene_sets)
+        atomic_write(path, render(fit, screen, evidence, ranks))
     except OSError as error:
         raise DataError(f"the report cannot be written to {path}: {error}; choose another place.") from error
     return path
@@ -96,11 +102,12 @@ def render(fit: Fit, screen: Screen, evidence: Evidence, ranks: Ranks | None = N
             _sizes(fit, graph),
         ),
         "What was fitted": parts.settings_section(
-            _describe(fit, len(evidence.loadings)), _flat(_settings(fit))
+            _describe(fit, evidence.signatures.sizes["programme"]), _flat(_settings(fit))
         ),
         "Perturbations and programmes": parts.graph_section(graph),
-        "Genes of programmes": parts.programmes_section(evidence.loadings, graph),
+        "Genes of programmes": parts.programmes_section(evidence.signatures, graph, evidence.enrichment),
         "Effects": parts.effects_section(evidence.effects, INTERVAL, controls=controls),
+        **({} if evidence.doubles is None else {"Doubles": parts.doubles_section(evidence.doubles)}),
         "Baselines": parts.comparison_section(evidence.scores, evidence.held_out.words, seen=seen),
         "Predictive checks": parts.checks_section(
             evidence.checks, evidence.check_table, unit, evidence.checked.words, evidence.n_replicates

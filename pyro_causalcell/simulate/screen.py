@@ -15,7 +15,7 @@ from pyro_causalcell.datasets import norman2019_subset
 from pyro_causalcell.errors import DataError
 from pyro_causalcell.simulate.decoder import CONTROL, check_at_least, numbered, stream
 
-__all__ = ["Kind", "combination_screen", "interaction_kind"]
+__all__ = ["Kind", "combination_screen"]
 
 Kind = Literal["additive", "dominant", "suppressed", "saturated"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -35,11 +35,6 @@ _OWN_LOADING = 0.3  # of the programme that a target moves on the target's own g
 _GENE_JITTER = 0.3  # spread of the log mean of a gene that copies a real one
 _LEAST_OVERDISPERSION = 0.02
 _BLOCK = 2048  # cells held dense at a time
-
-# A double is called ... when the part of its effect that is not the sum of the two is ...
-_ADDITIVE_BELOW = 0.2  # below this share of the two effects together
-_SUPPRESSED_BELOW = 0.6  # and the effect is below this share of the larger single one
-_SAME_DIRECTION = 0.5  # cosine of two effects from which they share their programmes
 
 
 @dataclass(frozen=True)
@@ -280,44 +275,6 @@ def combination_screen(
         var=pd.DataFrame(index=gene_names.astype(str)),
         uns={"simulation": record, "target_embeddings": informative, "random_embeddings": random},
     )
-
-
-def interaction_kind(first_g: Floats, second_g: Floats, double_g: Floats) -> Kind | Literal["other"]:
-    """The kind of a double, read off three effects: differences from control in log1p CP10k, or any one unit.
-
-    With e = double - first - second, the interaction residual:
-
-    1. additive: the length of e is at most 0.2 of the lengths of first and second together;
-    2. suppressed: otherwise, and double is shorter than 0.6 of the longer of first and second;
-    3. saturated: otherwise, where the two effects point the same way (cosine above 0.5) and e points against
-       their sum (cosine below -0.5);
-    4. dominant: otherwise, where e takes away most of one effect: e + first is shorter than half of first, or
-       the same with second;
-    5. other: none of these.
-
-    Leave out the targets' own genes, as every metric does.
-
-    Args:
-        first_g: effect of the first target alone.
-        second_g: effect of the second target alone.
-        double_g: effect of both together.
-    """
-    sum_g = first_g + second_g
-    residual_g = double_g - sum_g
-    sizes = [float(np.linalg.norm(effect_g)) for effect_g in (first_g, second_g)]
-    if np.linalg.norm(residual_g) <= _ADDITIVE_BELOW * sum(sizes):
-        return "additive"
-    if np.linalg.norm(double_g) < _SUPPRESSED_BELOW * max(sizes):
-        return "suppressed"
-    if _cosine(first_g, second_g) > _SAME_DIRECTION and _cosine(residual_g, sum_g) < -_SAME_DIRECTION:
-        return "saturated"
-    removed = (np.linalg.norm(residual_g + effect_g) for effect_g in (first_g, second_g))
-    return "dominant" if any(left < size / 2 for left, size in zip(removed, sizes, strict=True)) else "other"
-
-
-def _cosine(a_g: Floats, b_g: Floats) -> float:
-    scale = float(np.linalg.norm(a_g) * np.linalg.norm(b_g))
-    return float(a_g @ b_g) / scale if scale else 0.0
 
 
 # ---------------------------------------------------------------------- genes

@@ -15,7 +15,10 @@ from pyro_causalcell.distributions import (
     GatedNormal,
     MeanFieldGate,
     NegativeBinomial,
+    StraightThroughGate,
     UncertainMeanNormal,
+    measurement,
+    spread,
 )
 
 MEANS = (1e-8, 1e-3, 1.0, 40.0, 1e4, 1e7)
@@ -256,11 +259,40 @@ def test_gate_log_prob_is_linear_between_closed_and_open():
         Gate(torch.tensor([0.2]), validate_args=True).log_prob(torch.tensor([1.5]))
 
 
-@pytest.mark.parametrize("q_class", [Gate, MeanFieldGate])
+@pytest.mark.parametrize("q_class", [Gate, MeanFieldGate, StraightThroughGate])
 def test_gate_kl_is_the_bernoulli_kl(q_class):
     q, p = torch.tensor([0.01, 0.5, 0.99]), torch.tensor([0.3, 0.05, 0.6])
     expected = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
     torch.testing.assert_close(kl_divergence(q_class(q), Gate(p)), expected)
+
+
+def test_straight_through_gate_is_binary_with_the_gradient_of_a_relaxed_draw():
+    logit = torch.tensor([-1.0, 0.0, 3.0], requires_grad=True)
+    torch.manual_seed(0)
+    draw = StraightThroughGate(logits=logit).rsample((20_000,))
+    assert set(draw.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(draw.mean(0), torch.sigmoid(logit), atol=0.02, rtol=0)
+    (draw * torch.arange(3)).sum().backward()
+    torch.manual_seed(0)
+    relaxed = logit.detach() + torch.logit(torch.rand(20_000, 3))
+    slope = torch.sigmoid(relaxed) * torch.sigmoid(-relaxed)
+    torch.testing.assert_close(logit.grad, slope.sum(0) * torch.arange(3), rtol=1e-3, atol=0.1)
+
+
+def test_measurements_around_a_decoder():
+    output_ng, library_n1 = torch.randn(5, 3), torch.full((5, 1), 40.0)
+    counts = {"nb": NegativeBinomial, "poisson": dist.Poisson}
+    for likelihood, kind in counts.items():
+        theta_g, scale_g = spread(likelihood, 3)
+        theta_g = None if theta_g is None else theta_g.init_value
+        x = measurement(output_ng, library_n1, theta_g, scale_g)
+        assert isinstance(x, kind)
+        torch.testing.assert_close(x.mean, 40 * output_ng.softmax(-1))
+    _, scale_g = spread("gaussian", 3)
+    x = measurement(output_ng, library_n1, None, scale_g.init_value)
+    torch.testing.assert_close(x.mean, output_ng)
+    with pytest.raises(ValueError, match="likelihood is one of"):
+        spread("zinb", 3)
 
 
 def test_gated_normal_scores_by_its_gate():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_causalcell.nets import MLP, Decoder, Encoder, straight_through, with_interactions
+from pyro_causalcell.nets import MLP, Decoder, Encoder, MaskedLinear, straight_through, with_interactions
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,16 @@ def test_activations(activation, expected):
     net = MLP(3, 3, n_layers=1, activation=activation)
     net.load_state_dict({"layers.0.weight": torch.eye(3), "layers.0.bias": torch.zeros(3)})
     torch.testing.assert_close(net(torch.tensor([-2.0, 0.0, 2.0])), torch.tensor(expected))
+
+
+def test_masked_weights_neither_count_nor_learn():
+    layer = MaskedLinear(torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]]))
+    x = torch.randn(4, 3)
+    expected = x @ (layer.weight * layer.mask_oi).T + layer.bias
+    torch.testing.assert_close(layer(x), expected)
+    layer(x).sum().backward()
+    assert ((layer.weight.grad != 0) == (layer.mask_oi != 0)).all()
+    assert "mask_oi" in layer.state_dict()
 
 
 def test_encoder_takes_counts_or_values_and_extra_columns():

@@ -4,7 +4,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 
-from pyro_causalcell.penalties import alignment, beta_sparsity, edge_cost, matched, mmd_by_group
+from pyro_causalcell.penalties import alignment, beta_sparsity, edge_cost, mmd_by_group, sliced_wasserstein
 
 
 def _factor(penalty, *arguments) -> torch.Tensor:
@@ -48,16 +48,24 @@ def test_alignment_charges_squared_distances():
     torch.testing.assert_close(_factor(alignment, loc_nl, control_nl, 0.5), torch.tensor(0.5 * (5 + 9)))
 
 
-def test_matching_undoes_a_permutation_within_groups():
+def test_sliced_wasserstein_sorts_within_groups():
     generator = torch.Generator().manual_seed(0)
-    loc_nl = torch.randn(40, 3, generator=generator)
+    loc_n1, control_n1 = (torch.randn(40, 1, generator=generator) for _ in range(2))
     group_n = torch.arange(40) % 4
-    shuffled_nl = loc_nl.clone()
-    for group in range(4):
-        rows = (group_n == group).nonzero().squeeze(1)
-        shuffled_nl[rows] = loc_nl[rows.flip(0)]
-    torch.testing.assert_close(matched(loc_nl, shuffled_nl, group_n), loc_nl)
-    assert not torch.allclose(matched(loc_nl, shuffled_nl.roll(1, 0), group_n), loc_nl)  # never across groups
+    groups = [group_n == group for group in range(4)]
+    sorted_pairs = [(loc_n1[g].sort(0).values - control_n1[g].sort(0).values).square() for g in groups]
+    torch.testing.assert_close(
+        sliced_wasserstein(loc_n1, control_n1, group_n), torch.cat(sorted_pairs).mean()
+    )
+
+
+def test_sliced_wasserstein_of_a_shift_is_its_squared_length():
+    loc_nl = torch.randn(60, 3, generator=torch.Generator().manual_seed(1))
+    group_n = torch.arange(60) // 20
+    control_nl = torch.cat([loc_nl[rows].flip(0) for rows in torch.arange(60).split(20)])
+    assert sliced_wasserstein(loc_nl, control_nl, group_n) == 0
+    moved = sliced_wasserstein(loc_nl + torch.tensor([1.0, 2.0, 0.0]), control_nl, group_n, 20_000)
+    torch.testing.assert_close(moved, torch.tensor(5.0), rtol=0.05, atol=0)
 
 
 def test_mmd_by_group_is_the_u_statistic_of_each_group():

@@ -45,6 +45,28 @@ def loadings():
 
 
 @pytest.fixture
+def signatures(loadings):
+    over = ("programme", "gene")
+    return xr.Dataset(
+        {"change": (over, loadings.to_numpy() / 2), "standardised": (over, loadings.to_numpy())},
+        coords={"programme": PROGRAMMES, "gene": GENES},
+        attrs={"change_units": "log1p CP10k"},
+    )
+
+
+@pytest.fixture
+def doubles():
+    """A measured and a predicted row of three doubles; of the last, a single was not measured."""
+    names = ["ATF2+MYC", "IRF1+JAK2", "BRD4+CAV1"]
+    rows = [(name, *name.split("+"), source) for name in names for source in ("measured", "predicted")]
+    table = pd.DataFrame(rows, columns=["double", "first", "second", "source"])
+    table["kind"] = ["additive", "additive", "dominant", "additive", "unknown", "saturated"]
+    table["residual_share"] = [0.1, 0.05, 0.45, 0.1, np.nan, 0.3]
+    table["size_ratio"] = [1.4, 1.5, 1.0, 1.1, np.nan, 1.2]
+    return table.assign(agreement=0.95)
+
+
+@pytest.fixture
 def history():
     epoch = np.arange(60)
     return pd.DataFrame(

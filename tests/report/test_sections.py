@@ -43,24 +43,50 @@ def test_large_graphs_draw_only_what_has_an_edge():
     assert "77 perturbations without a likely edge are in the table only" in sections.graph_section(graph)
 
 
-def test_names_from_the_data_are_escaped(graph, loadings, effects):
+def test_names_from_the_data_are_escaped(graph, signatures, effects):
     graph["perturbation"] = graph["perturbation"].replace({"IFNGR1": EVIL})
     effects = effects.assign_coords(condition=[EVIL, *effects["condition"].values[1:]])
     for text in (
         sections.graph_section(graph),
-        sections.programmes_section(loadings, graph),
+        sections.programmes_section(signatures, graph),
         sections.effects_section(effects, 0.9),
     ):
         assert EVIL not in text
         assert "&lt;b&gt;ATF2&lt;/b&gt;" in text
 
 
-def test_programmes_that_nothing_moves_are_folded(loadings, graph):
-    text = sections.programmes_section(loadings, graph)
+def test_programmes_that_nothing_moves_are_folded(signatures, graph):
+    text = sections.programmes_section(signatures, graph)
     assert "2 programmes that no perturbation moves" in text
-    shown, folded = text.split("<details>")
+    shown, idle, shared, numbers = text.split("<details>")
     assert "programme 3: IFNGR1, IFNGR2, JAK2 and STAT1" in shown
-    assert folded.count("<figure>") == 1
+    assert idle.count("<figure>") == shared.count("<figure>") == 1
+    assert numbers.count("<tr>") == 6 * 10 + 1 and "log1p CP10k" in numbers
+    assert numbers.index("+5.00") < numbers.index("-4.00")  # the largest changes of programme 3 first
+
+
+def test_gene_sets_are_named_where_they_are_found(signatures, graph):
+    rows = [
+        ("programme_3", "INTERFERON", 12, -2.1, 0.0, 0.001, "GENE1 GENE2"),
+        ("programme_3", EVIL, 9, 0.8, 0.4, 0.6, "GENE5"),
+        ("programme_6", "IDLE", 9, 2.5, 0.0, 0.001, "GENE7"),
+    ]
+    columns = ["programme", "gene_set", "n_genes", "score", "p_value", "fdr", "leading_genes"]
+    table = pd.DataFrame(rows, columns=columns)
+    text = sections.programmes_section(signatures, graph, table)
+    assert "programme 3: INTERFERON falls." in text and "programme 6" not in text
+    assert EVIL not in text and "<td>IDLE</td>" in text
+    nothing = sections.programmes_section(signatures, graph, table.assign(fdr=0.5))
+    assert "No set has an FDR below 0.05 in a moved programme." in nothing
+
+
+def test_doubles_are_counted_drawn_and_listed(doubles):
+    text = sections.doubles_section(doubles)
+    assert "Measured: 1 additive, 1 dominant and 1 unknown." in text
+    assert "The model gives the measured kind of 1 of 2 doubles." in text
+    assert text.count("<figure>") == 1 and text.count("<tr>") == 7
+    unknown = doubles.assign(kind="unknown", residual_share=np.nan, size_ratio=np.nan)
+    assert "<figure>" not in sections.doubles_section(unknown)
 
 
 def test_effects_of_many_perturbations_are_folded(effects):

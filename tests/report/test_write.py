@@ -21,6 +21,7 @@ TITLES = (
     "Perturbations and programmes",
     "Genes of programmes",
     "Effects",
+    "Doubles",
     "Baselines",
     "Predictive checks",
     "Calibration",
@@ -102,23 +103,11 @@ def test_a_screen_without_controls(tmp_path):
     screen = Screen(train, "target", None)
     trained = fit("sparse-shift", None, screen, **SMALL | {"epochs": 4})
     text = write_report(trained, train, tmp_path / "r.html", n_particles=25).read_text()
-    assert re.findall(r"<h2>(.*?)</h2>", text) == list(TITLES)
+    assert re.findall(r"<h2>(.*?)</h2>", text) == [title for title in TITLES if title != "Doubles"]
     assert "without control cells; values from X" in text
     assert "against the model&#x27;s control state (no perturbation), which was not measured here" in text
     assert "left out, because they need control cells" in text
     assert "<td>perturbed mean</td>" in text and "<td>control mean</td>" not in text
-
-
-def test_genes_of_programmes_are_those_of_the_control_state(tiny_adata):
-    """Whoever lends libraries and batches, the cells drawn are not perturbed."""
-    seen = []
-    adata = tiny_adata[tiny_adata.obs["target"] != "non-targeting"].copy()
-    screen = Screen(adata, control=None)
-    trained = fit("sparse-shift", None, screen, **SMALL)
-    trained.model.register_forward_pre_hook(lambda _, given: seen.append(given[0].u_np))
-    evidence.programme_genes(trained, screen)
-    drawn = [u_np for u_np in seen if len(u_np) > 1]  # a single cell tells the number of programmes
-    assert drawn and not any(u_np.any() for u_np in drawn)
 
 
 def test_an_interrupted_fit_is_marked(trained):
@@ -127,11 +116,15 @@ def test_an_interrupted_fit_is_marked(trained):
     assert last == "Note: training was interrupted after 3 epochs; go on with --resume."
 
 
-def test_a_programme_is_told_by_its_genes(trained):
-    loadings = evidence.programme_genes(*trained)
-    assert loadings.shape == (3, 20)
-    assert np.isfinite(loadings.to_numpy()).all()
-    assert (loadings.abs().to_numpy() > 0).any()
+def test_gene_sets_join_the_page(trained, adata, tmp_path):
+    pytest.importorskip("gseapy")
+    gmt = tmp_path / "sets.gmt"
+    gmt.write_text("FIRST\tnone\t" + "\t".join(adata.var_names[1:9]) + "\n")
+    text = write_report(*trained, tmp_path / "r.html", gmt=gmt, n_particles=20).read_text()
+    assert "<h3>Gene sets</h3>" in text and "<td>FIRST</td>" in text
+    gmt.write_text("FIRST\tnone\tX\tY\n")
+    with pytest.raises(DataError, match="same names and the same case"):
+        write_report(*trained, tmp_path / "r.html", gmt=gmt, n_particles=20)
 
 
 def test_other_cells_are_refused(trained, adata, tmp_path):

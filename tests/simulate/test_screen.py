@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pyro_causalcell.data import Screen
+from pyro_causalcell.data import Screen, interaction_kind
 from pyro_causalcell.datasets import norman2019_subset
 from pyro_causalcell.errors import DataError
-from pyro_causalcell.simulate import combination_screen, interaction_kind
+from pyro_causalcell.simulate import combination_screen
 
 KINDS = ["additive", "dominant", "saturated", "suppressed"]
 SMALL = {
@@ -113,18 +113,6 @@ def test_kinds_follow_from_roles_and_modules(norman_sized):
         cuts = record["cut_pk"][[first, second]].any()
         if kind != "additive":
             assert cuts == (kind in ("dominant", "suppressed"))
-
-
-def test_hand_worked_kinds():
-    up, side = np.array([1.0, 0, 0]), np.array([0, 1.0, 0])
-    assert interaction_kind(up, side, up + side) == "additive"
-    assert interaction_kind(up, side, 0.95 * up + 1.05 * side) == "additive"
-    assert interaction_kind(up, up, 1.1 * up) == "saturated"
-    assert interaction_kind(up, 0.8 * up, 0.5 * up) == "suppressed"
-    assert interaction_kind(up, side, side) == "dominant"
-    assert interaction_kind(up, -side, 0.2 * up - side) == "dominant"
-    assert interaction_kind(up, side, 2 * up + 2 * side) == "other"
-    assert interaction_kind(0 * up, 0 * up, 0 * up) == "additive"
 
 
 def test_expected_shares_are_the_means_of_the_cells():
