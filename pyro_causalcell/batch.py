@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Dims", "Rotation"]
+__all__ = ["Batch", "Dims", "Mechanisms", "Rotation"]
 
 
 class Batch(NamedTuple):
@@ -69,6 +69,24 @@ class Dims(NamedTuple):
     target_cells: tuple[float, ...]
 
 
+class Mechanisms(NamedTuple):
+    """What perturbations seem to change about responsive programmes, as a start for training.
+
+    Attributes:
+        altered_pv: Whether a perturbation changes a programme's mechanism.
+        edge_vk: Whether a programme (invariant ones first) acts on a responsive one under some perturbation.
+        shift_pv: Change of the mean of its noise; zero where nothing is changed, as the others.
+        log_scale_pv: Change of the log standard deviation of its noise.
+        weight_pvk: Weights of the programmes that act on it, invariant ones first.
+    """
+
+    altered_pv: Tensor
+    edge_vk: Tensor
+    shift_pv: Tensor
+    log_scale_pv: Tensor
+    weight_pvk: Tensor
+
+
 class Rotation(NamedTuple):
     """New latent axes: ``z_new = z @ map_kk.T + offset_k``.
 
@@ -76,8 +94,18 @@ class Rotation(NamedTuple):
         map_kk: Linear map, whitening included.
         offset_k: Offset; control cells (or the typical perturbation) lie at zero.
         shift_pk: Shift of each target in the new axes, in within-perturbation standard deviations.
+        mechanisms: Where some programmes are responsive and some invariant: what targets change about the
+            responsive ones.
     """
 
     map_kk: Tensor
     offset_k: Tensor
     shift_pk: Tensor
+    mechanisms: Mechanisms | None = None
+
+    def to(self, device: torch.device) -> "Rotation":
+        """The same axes on another device."""
+        mechanisms = self.mechanisms and Mechanisms(*(t.to(device) for t in self.mechanisms))
+        return Rotation(
+            self.map_kk.to(device), self.offset_k.to(device), self.shift_pk.to(device), mechanisms
+        )

@@ -301,7 +301,8 @@ def fit(
         overwrite: Replace the run in the run folder.
         quiet: No progress bar.
     """
-    training = {name: value for name, value in locals().items() if name in TRAINING_SETTINGS}
+    options = locals()
+    training = {name: options[name] for name in TRAINING_SETTINGS}
     _claim_run(out, resume, overwrite)
     chosen = _chosen_settings(
         settings,
@@ -311,25 +312,10 @@ def fit(
         likelihood=likelihood,
         gates=gates,
     )
-    control = _control(control, no_controls)
+    _control(control, no_controls)
     from pyro_causalcell import inference
-    from pyro_causalcell.data import Screen, read
 
-    screen = Screen(
-        read(data, backed),
-        perturbation,
-        control,
-        layer=layer,
-        batch=_listed(batch),
-        time=time,
-        dose=dose,
-        library=library,
-        gene_symbols=gene_symbols,
-        twin=twin,
-        separator=separator,
-        min_cells=min_cells,
-        allow_empty=allow_empty,
-    )
+    screen = _screen(options, min_cells)
     split = _split(screen, validation, test, _listed(hold_out), seed)
     trained = inference.fit(
         model, guide, screen, split=split, out=out, resume=resume, progress=not quiet, **training, **chosen
@@ -377,25 +363,13 @@ def audit(
         out: Table to write as well (CSV): kind, name, status, found, needed, mend.
         seed: Seed of the random halves of the cells.
     """
+    options = locals()
     if out is not None:
         _check_out(out, data)
-    control = _control(control, no_controls)
-    from pyro_causalcell.data import Screen, read
+    _control(control, no_controls)
     from pyro_causalcell.evaluate.audit import audit as audit_design
 
-    screen = Screen(
-        read(data, backed),
-        perturbation,
-        control,
-        layer=layer,
-        batch=_listed(batch),
-        time=time,
-        dose=dose,
-        library=library,
-        gene_symbols=gene_symbols,
-        separator=separator,
-        allow_empty=allow_empty,
-    )
+    screen = _screen(options)
     result = audit_design(screen, latents, seed=seed)
     print(result)
     if out is not None:
@@ -826,27 +800,17 @@ def compare(
         seed: Seed of everything random.
         device: "auto" takes the GPU if there is one; or "cpu", "cuda".
     """
+    options = locals()
     _check_folder(out)
-    control = _control(control, no_controls)
+    _control(control, no_controls)
     runs = [Path(name) for name in _listed(run)]
     if runs and split is not None:
         raise CausalCellError("a run is compared on the cells that it kept for its test; leave out --split")
     from pyro_causalcell import baselines
-    from pyro_causalcell.data import Screen, read
     from pyro_causalcell.report import write_comparison
 
     fits = {path.name: _load(path, device) for path in runs}
-    screen = Screen(
-        read(data),
-        perturbation,
-        control,
-        layer=layer,
-        time=time,
-        library=library,
-        gene_symbols=gene_symbols,
-        separator=separator,
-        allow_empty=allow_empty,
-    )
+    screen = _screen(options)
     methods: list[baselines.Predictor] = [
         baselines.ModelPredictor(fitted, name, seed=seed) for name, fitted in fits.items()
     ]
@@ -864,14 +828,28 @@ def compare(
 
 
 def study(
-    name: str, *, out: Path | None = None, quick: bool = False, workers: PositiveInt = 1, quiet: bool = False
+    name: str,
+    *,
+    out: Path | None = None,
+    data: Path | None = None,
+    methods: list[str] | str | None = None,
+    seeds: PositiveInt | None = None,
+    full: bool = False,
+    quick: bool = False,
+    workers: PositiveInt = 1,
+    quiet: bool = False,
 ) -> None:
     """Run a study: a paper's tables, method by method, beside the paper's own numbers.
 
     Args:
-        name: The study: sparse-shift.
+        name: The study: sparse-shift, latent-scm, norman or simulated-screen.
         out: Folder to write: table.csv, a page of tables, figures; a folder named as the study if not
             given. A study that was stopped goes on from there.
+        data: Norman 2019, for the study of that name: an h5ad file of scPerturb or CPA, or the folder with
+            GEO's files; the subset in the package if not given.
+        methods: Only these methods; repeat it for several. The baselines are always there.
+        seeds: Seeds of every fit.
+        full: The size of Norman 2019, for simulated-screen.
         quick: A small size that shows that all works.
         workers: Fits to run side by side, one for each core.
         quiet: No progress bar.
@@ -879,7 +857,9 @@ def study(
     from pyro_causalcell.studies import run_study
 
     place = Path(name) if out is None else out
-    run_study(name, place, quick=quick, workers=workers, progress=not quiet)
+    given = {"data": data, "methods": _listed(methods) or None, "seeds": seeds, "full": full or None}
+    chosen = {setting: value for setting, value in given.items() if value is not None}
+    run_study(name, place, quick=quick, workers=workers, progress=not quiet, **chosen)
     print(f"study: {place}")
 
 
@@ -977,6 +957,17 @@ def _control(control: list[str] | str | None, no_controls: bool) -> list[str] | 
             f"none), found {found}"
         )
     return names or None
+
+
+def _screen(options: Mapping[str, Any], min_cells: int = 1) -> "Screen":
+    """The screen that the options of a command describe."""
+    from pyro_causalcell.data import Screen, read
+
+    settings = {name: options[name] for name in SCREEN_SETTINGS if name in options}
+    settings["batch"] = _listed(options.get("batch"))
+    adata = read(options["data"], options.get("backed", False))
+    control = _control(options["control"], options["no_controls"])
+    return Screen(adata, options["perturbation"], control, min_cells=min_cells, **settings)
 
 
 def _listed(names: list[str] | str | None) -> list[str]:
@@ -1273,6 +1264,17 @@ _TRAINING = (
     "anchors batch|random|twin, memory_budget_gb X, seed N, device auto|cpu|cuda, threads N"
 )
 
+SCREEN_SETTINGS = (
+    "layer",
+    "time",
+    "dose",
+    "library",
+    "gene_symbols",
+    "twin",
+    "separator",
+    "allow_empty",
+)
+
 TRAINING_SETTINGS = {option.split()[0] for option in _TRAINING.split(", ")}
 
 COMMANDS = {
@@ -1392,7 +1394,15 @@ COMMANDS = {
             "how": "seed N, device auto|cpu|cuda",
         },
     ),
-    "study": _Command(study, ("name",), {"result": "out FOLDER, quiet", "how": "quick, workers N"}),
+    "study": _Command(
+        study,
+        ("name",),
+        {
+            "result": "out FOLDER, quiet",
+            "what": "data FILE.h5ad, methods NAME, seeds N, full, quick",
+            "how": "workers N",
+        },
+    ),
     "demo": _Command(demo, (), {"result": "out FOLDER", "how": "epochs N, seed N, quiet"}),
 }
 

@@ -1,6 +1,7 @@
 """Distributions the generative processes are written with."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import pyro.distributions as dist
@@ -16,6 +17,7 @@ __all__ = [
     "Gate",
     "GatedNormal",
     "Likelihood",
+    "LinearSCM",
     "MeanFieldGate",
     "NegativeBinomial",
     "StraightThroughGate",
@@ -295,6 +297,89 @@ class UncertainMeanNormal(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """log Normal(value; loc, 1) − loc_var / 2."""
         return dist.Normal(self.loc, 1.0, validate_args=False).log_prob(value) - self.loc_var / 2
+
+
+class LinearSCM(dist.TorchDistribution):
+    r"""Linear structural equations: z = W z + m + s ε, ε ~ Normal(0, 1), W strictly upper triangular.
+
+    A programme's parents have higher indices. The determinant of I − W is 1, so the density is that of the
+    noise: no matrix is inverted to score.
+
+    With mean-field probabilities in place of binary gates the log-probability can be an expectation:
+    E log p = −½ log 2π − E log s − ½ E[s⁻²] (r² + slack), with r the residual under the weights and means
+    given. ``precision`` is E[s⁻²] then, and ``slack`` adds the variance of the residual.
+
+    Args:
+        loc: m: means of the noise, and what acts from outside, shape (..., k).
+        weight_kk: W: effect of programme [., j] on programme [i, .], shape (..., k, k).
+        log_scale: log s, shape (..., k).
+        precision: E[s⁻²]; exp(−2 log s) if None.
+        slack: Values -> variance of the residual, both (..., k); none if None.
+    """
+
+    arg_constraints = {"loc": constraints.real_vector, "log_scale": constraints.real_vector}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self,
+        loc: Tensor,
+        weight_kk: Tensor,
+        log_scale: Tensor,
+        precision: Tensor | None = None,
+        slack: Callable[[Tensor], Tensor] | None = None,
+        validate_args: bool | None = None,
+    ):
+        self.loc, self.log_scale = torch.broadcast_tensors(loc, log_scale)
+        self.weight_kk, self.slack = weight_kk, slack
+        self.precision = torch.exp(-2 * log_scale) if precision is None else precision
+        super().__init__(self.loc.shape[:-1], self.loc.shape[-1:], validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the programmes."""
+        return self._solved(self.loc)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each programme."""
+        identity_kk = torch.eye(self.event_shape[0], device=self.loc.device)
+        total_kk = torch.linalg.inv(identity_kk - self.weight_kk)
+        return (total_kk**2 * torch.exp(2 * self.log_scale).unsqueeze(-2)).sum(-1)
+
+    def expand(self, batch_shape: Shape, _instance: object = None) -> "LinearSCM":
+        """Expand loc and scale; weights broadcast."""
+        loc, log_scale = (a.expand(*batch_shape, *self.event_shape) for a in (self.loc, self.log_scale))
+        return LinearSCM(loc, self.weight_kk, log_scale, self.precision, self.slack, validate_args=False)
+
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:
+        """Programmes, solved from their noise."""
+        return self.from_noise(torch.randn(self._extended_shape(sample_shape), device=self.loc.device))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value), or its expectation over mean-field gates."""
+        square = (value - self._caused(value) - self.loc) ** 2
+        if self.slack is not None:
+            square = square + self.slack(value)
+        return -(math.log(2 * math.pi) / 2 + self.log_scale + self.precision * square / 2).sum(-1)
+
+    def noise_of(self, value: Tensor) -> Tensor:
+        """ε of some programmes."""
+        return (value - self._caused(value) - self.loc) * torch.exp(-self.log_scale)
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """The programmes that arise from ε."""
+        return self._solved(self.loc + noise * self.log_scale.exp())
+
+    def _caused(self, value: Tensor) -> Tensor:
+        return torch.einsum("...ij,...j->...i", self.weight_kk, value)
+
+    def _solved(self, pushed: Tensor) -> Tensor:
+        identity_kk = torch.eye(self.event_shape[0], device=self.loc.device)
+        solved = torch.linalg.solve_triangular(
+            identity_kk - self.weight_kk, pushed.unsqueeze(-1), upper=True, unitriangular=True
+        )
+        return solved.squeeze(-1)
 
 
 def spread(likelihood: Likelihood, n_genes: int) -> tuple[Any, Any]:

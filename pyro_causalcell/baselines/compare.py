@@ -11,13 +11,20 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
 from pyro_causalcell.baselines.duplicates import InterpolatedDuplicate, TechnicalDuplicate
-from pyro_causalcell.baselines.means import TrainingMeans, draw_cells, halves, moments
+from pyro_causalcell.baselines.means import (
+    Moments,
+    TrainingMeans,
+    draw_cells,
+    halves,
+    moments,
+    training_means,
+)
 from pyro_causalcell.baselines.predictors import (
     Baseline,
     CellPredictor,
     Predictor,
     TimeMatchedMean,
-    fit_baselines,
+    baselines_of,
 )
 from pyro_causalcell.baselines.regressions import (
     ElasticNetOnTargets,
@@ -34,7 +41,7 @@ from pyro_causalcell.data import (
 )
 from pyro_causalcell.data.spec import shown
 from pyro_causalcell.errors import DataError
-from pyro_causalcell.evaluate.distance import DISTANCES, distance_scores
+from pyro_causalcell.evaluate.distance import DISTANCES, PAIRED, distance_scores
 from pyro_causalcell.evaluate.response import (
     METRICS,
     Metric,
@@ -54,10 +61,13 @@ __all__ = [
     "Comparison",
     "MEASURES",
     "Recipe",
+    "Space",
     "SplitKind",
     "average_conditions",
     "compare",
     "make_folds",
+    "measured_truth",
+    "references",
     "score_predictors",
 ]
 
@@ -70,7 +80,7 @@ CEILINGS = (InterpolatedDuplicate.name, CEILING)
 """Methods that see held-out cells, and so are no baselines."""
 FLOOR = "perturbed mean"
 """The baseline that calibrated scores start from, if no other is named."""
-MEASURES: dict[str, Metric] = METRICS | DISTANCES
+MEASURES: dict[str, Metric] = METRICS | DISTANCES | PAIRED
 """Every metric a comparison may hold: heading, direction, score of a perfect prediction."""
 _MANY = 20  # held-out cells a condition needs before its mean is worth predicting
 _FEWEST = 3  # perturbed training conditions that a regression needs
@@ -196,10 +206,8 @@ def score_predictors(
         DataError: Two methods share a name, or a prediction has another shape or is not finite.
     """
     scored, duplicate = halves(screen, held_out, conditions, seed)
-    baselines = fit_baselines(screen, train)
-    means = baselines[FLOOR].means
-    fitted: list[Predictor] = [*baselines.values(), *_regressions(means, seed)]
-    everything = [*predictors, *fitted]
+    means = training_means(screen, train)
+    everything = [*predictors, *references(means, seed)]
     if screen.time_n is not None:
         everything.append(TimeMatchedMean(screen, train, held_out))
     everything += [InterpolatedDuplicate(screen, train, duplicate), TechnicalDuplicate(screen, duplicate)]
@@ -207,12 +215,12 @@ def score_predictors(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"expected one name per method, found several named {shown(twice)}; pass name=.")
-    truth = _truth(screen, means, scored, conditions)
+    truth = measured_truth(screen, means, scored, conditions)
     space = None
     if n_cells:
         labels = _changed_genes(screen, means, conditions, n_cells, seed)
         truth = replace(truth, de_train_cg=labels)
-        space = _Space(screen, train, scored, conditions, n_cells, seed)
+        space = Space(screen, train, scored, conditions, n_cells, seed)
     tables = []
     for method in everything:
         values = response_scores(truth, method.predict(conditions), method.name)
@@ -226,8 +234,25 @@ def score_predictors(
     return table[defined].reset_index(drop=True)
 
 
-class _Space:
-    """Principal components of training cells, in which predicted cells are held against measured ones."""
+def references(means: TrainingMeans, seed: int = 0) -> list[Baseline]:
+    """Every baseline that these training cells allow: means of means, then regressions."""
+    return [*baselines_of(means).values(), *_regressions(means, seed)]
+
+
+class Space:
+    """Principal components of training cells, in which predicted cells are held against measured ones.
+
+    Args:
+        screen: The screen.
+        train: Rows that the components are fitted to, at most 5,000 of them.
+        scored: Rows of measured cells.
+        conditions: Conditions to score.
+        n_cells: Cells of a condition, at most.
+        seed: Of the draws.
+
+    Attributes:
+        measured: The measured cells of each condition, before they are placed.
+    """
 
     def __init__(
         self,
@@ -241,7 +266,8 @@ class _Space:
         self.conditions, self.n_cells, self.seed = conditions, n_cells, seed
         train_ng = draw_cells(screen, train, _PCA_CELLS, seed)
         self.pca = PCA(min(_COMPONENTS, *train_ng.shape), random_state=seed).fit(train_ng)
-        self.truth = self._placed(_cells_of(screen, scored, conditions, n_cells, seed))
+        self.measured = _cells_of(screen, scored, conditions, n_cells, seed)
+        self.truth = self._placed(self.measured)
 
     def distances(self, method: CellPredictor) -> dict[str, NDArray[np.float64]]:
         """Distances of a method's cells from the measured ones, condition by condition."""
@@ -285,9 +311,17 @@ def _regressions(means: TrainingMeans, seed: int) -> list[Baseline]:
     return [*ridges, ElasticNetOnTargets(means, seed)] if enough else ridges
 
 
-def _truth(
+def measured_truth(
     screen: Screen, means: TrainingMeans, scored: NDArray[np.int64], conditions: Sequence[str]
 ) -> Truth:
+    """What to score predictions of conditions against: means and spread of the cells ``scored``.
+
+    Args:
+        screen: The screen.
+        means: Means of the training cells: references of effects, weights and sums of single effects.
+        scored: Rows to score on.
+        conditions: Conditions with cells among them.
+    """
     code = [screen.conditions.index(name) for name in conditions]
     scored_cg = other_genes(screen, conditions)
     of_test = moments(screen, scored)
@@ -305,10 +339,17 @@ def _truth(
         perturbed_g=means.perturbed_g,
         scored_cg=scored_cg,
         control_g=means.control_g,
+        variance_cg=_spread(of_test, code),
         weight_train_cg=weights[0],
         weight_test_cg=weights[1],
         additive_cg=additive_cg,
     )
+
+
+def _spread(found: Moments, code: list[int]) -> NDArray[np.float64]:
+    """Mean squared distance of the cells of some conditions from their mean, (c, g)."""
+    n_c1 = found.cells_c[code][:, None]
+    return np.nan_to_num(found.variance_cg[code]) * (n_c1 - 1) / n_c1
 
 
 def _scored_conditions(screen: Screen, split: Split, min_cells: int) -> tuple[list[str], dict[str, int]]:

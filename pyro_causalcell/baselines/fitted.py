@@ -22,13 +22,22 @@ class ModelPredictor:
         name: What tables and figures call it.
         n_cells: Cells drawn for a mean. Their noise should not count beside that of the held-out cells.
         seed: Seed of the draws.
+        basal: Control cells that predicted cells start from (``predict(basal=)``); None draws latents from
+            the prior. A model whose encoder was trained on control cells alone needs them.
 
     Attributes:
         seen_rows: Rows that the fit has looked at, in training or to know when to stop.
     """
 
-    def __init__(self, fit: Fit, name: str = "model", n_cells: int = 2000, seed: int = 0):
-        self.fit, self.name, self.n_cells, self.seed = fit, name, n_cells, seed
+    def __init__(
+        self,
+        fit: Fit,
+        name: str = "model",
+        n_cells: int = 2000,
+        seed: int = 0,
+        basal: Screen | None = None,
+    ):
+        self.fit, self.name, self.n_cells, self.seed, self.basal = fit, name, n_cells, seed, basal
         self.seen_rows = np.union1d(fit.split.train, fit.split.validation)
 
     def predict(self, conditions: Sequence[str]) -> NDArray[np.float64]:
@@ -41,7 +50,7 @@ class ModelPredictor:
         return [self._drawn(name, n_cells, seed) for name in conditions]
 
     def _drawn(self, condition: str, n_cells: int, seed: int) -> NDArray[np.float64]:
-        drawn = predict(self.fit, [condition], n_cells=n_cells, seed=seed)
+        drawn = predict(self.fit, [condition], n_cells=n_cells, basal=self.basal, seed=seed)
         x_ng = np.asarray(drawn.X, dtype=np.float64)
         if not self.fit.screen.is_counts:
             return x_ng

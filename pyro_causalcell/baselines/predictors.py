@@ -20,6 +20,7 @@ __all__ = [
     "PerturbedMean",
     "Predictor",
     "TimeMatchedMean",
+    "baselines_of",
     "fit_baselines",
 ]
 
@@ -97,6 +98,18 @@ class Baseline(ABC):
         targets = np.array(self.means.spec.targets, dtype=object)
         return np.stack([self._predict(list(targets[u_p != 0])) for u_p in u_cp])
 
+    def cells(self, conditions: Sequence[str], n_cells: int, seed: int = 0) -> list[NDArray[np.float64]]:
+        """Predicted means with the spread of control cells: what sets training control cells off their mean.
+
+        Without control cells, that of perturbed cells. The same cells lend it to every condition.
+        """
+        screen, rows = self.means.screen, self.means.rows
+        control_g, perturbed_g = self.means.control_g, self.means.perturbed_g
+        has_control = control_g is not None
+        lent = draw_cells(screen, rows[(screen.condition_n[rows] == 0) == has_control], n_cells, seed)
+        residual_ng = lent - (perturbed_g if control_g is None else control_g)
+        return [mean_g + residual_ng for mean_g in self.predict(conditions)]
+
     @abstractmethod
     def _predict(self, targets: list[str]) -> NDArray[np.float64]:
         """Mean expression under these targets together; an empty list is control."""
@@ -110,12 +123,6 @@ class ControlMean(Baseline):
 
     def _predict(self, targets: list[str]) -> NDArray[np.float64]:
         return self.control_g
-
-    def cells(self, conditions: Sequence[str], n_cells: int, seed: int = 0) -> list[NDArray[np.float64]]:
-        """Control cells drawn from the training cells, the same ones for every condition."""
-        screen, rows = self.means.screen, self.means.rows
-        drawn = draw_cells(screen, rows[screen.condition_n[rows] == 0], n_cells, seed)
-        return [drawn] * len(conditions)
 
 
 class PerturbedMean(Baseline):
@@ -213,7 +220,11 @@ def fit_baselines(screen: Screen, rows: NDArray[np.int64]) -> dict[str, Baseline
 
     Without control cells among ``rows``, the control mean and the additive baseline are left out.
     """
-    means = training_means(screen, rows)
+    return baselines_of(training_means(screen, rows))
+
+
+def baselines_of(means: TrainingMeans) -> dict[str, Baseline]:
+    """As ``fit_baselines``, from means that are there already."""
     kinds: list[type[Baseline]] = [ControlMean, PerturbedMean, MatchingMean, Additive]
     has_control = means.control_g is not None
     return {kind.name: kind(means) for kind in kinds if has_control or not kind.needs_control}

@@ -1,6 +1,6 @@
 """ArviZ: prior, posterior, predictive draws, observed data and log-likelihood with named coordinates."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ def to_inference_data(
 
     Returns:
         InferenceData (ArviZ < 1) or DataTree (ArviZ ≥ 1) with the groups ``posterior`` and ``prior`` (gate,
-        shift, ... over perturbation and programme; left out where a pair has no global latents),
+        shift, ... over perturbation and programme, or over what the model's ``site_dims`` says; left out
+        where a pair has no global latents),
         ``posterior_predictive``, ``prior_predictive`` and ``observed_data`` (``x`` over cell and gene),
         ``log_likelihood`` (one importance-weighted value a cell) and ``constant_data`` (``z_mean``: each
         cell's posterior mean; ``library``). Cells carry their ``condition``, and ``time`` where the screen
@@ -73,7 +74,7 @@ def to_inference_data(
         "library": (["cell"], screen.library_n[rows]),
     }
     groups: dict[str, xr.Dataset] = {
-        **{source: _latents(values) for source, values in draws.items() if values},
+        **{source: _latents(fit, values) for source, values in draws.items() if values},
         "log_likelihood": xr.Dataset({"x": (["chain", "draw", "cell"], -nll_n[None, None])}),
         "constant_data": xr.Dataset(constant),
     }
@@ -121,19 +122,21 @@ def _chunks(
         }
 
 
-def _latents(draws: Mapping[str, Tensor]) -> xr.Dataset:
-    """Global latents; those of three axes are over perturbation and programme."""
-    values = {name: value.cpu().numpy() for name, value in draws.items()}
+def _latents(fit: Fit, draws: Mapping[str, Tensor]) -> xr.Dataset:
+    """Global latents with named axes."""
     return xr.Dataset(
         {
-            name: (["chain", "draw", *(EDGE_DIMS if v.ndim == 3 else _plain_dims(name, v))], v[None])
-            for name, v in values.items()
+            name: (["chain", "draw", *_site_dims(fit, name, value)], value.cpu().numpy()[None])
+            for name, value in draws.items()
         }
     )
 
 
-def _plain_dims(name: str, value: np.ndarray) -> list[str]:
-    return [f"{name}_dim_{i}" for i in range(value.ndim - 1)]
+def _site_dims(fit: Fit, name: str, value: Tensor) -> Sequence[str]:
+    """What the model says; otherwise latents of three axes are over perturbation and programme."""
+    said: Mapping[str, Sequence[str]] = getattr(fit.model, "site_dims", {})
+    plain = EDGE_DIMS if value.dim() == 3 else [f"{name}_dim_{i}" for i in range(value.dim() - 1)]
+    return said.get(name, plain)
 
 
 def _coords(
@@ -141,16 +144,20 @@ def _coords(
 ) -> dict[str, Any]:
     """Names of every dimension, and what is known of each cell."""
     names = np.array([*screen.conditions, "unknown"], dtype=object)  # -1 is the last
+    programmes = np.array(programme_names(fit), dtype=object)
+    sizes: dict[str, int] = {}
+    for name, value in draws.items():
+        sizes |= zip(_site_dims(fit, name, value), value.shape[1:], strict=True)
     coords: dict[str, Any] = {
         "chain": [0],
         "draw": np.arange(n_samples),
         "cell": screen.adata.obs_names.to_numpy()[rows].astype(str).astype(object),
         "gene": np.array(fit.screen.genes, dtype=object),
-        "programme": np.array(programme_names(fit), dtype=object),
+        "programme": programmes,
+        "responsive": programmes[len(programmes) - sizes.get("responsive", 0) :],
+        "perturbation": np.array(edge_names(fit, sizes.get("perturbation", 0)), dtype=object),
         "condition": ("cell", names[screen.condition_n[rows]]),
     }
-    n_edges = max((value.shape[1] for value in draws.values() if value.dim() == 3), default=0)
-    coords["perturbation"] = np.array(edge_names(fit, n_edges), dtype=object)
     if screen.time_n is not None:
         coords["time"] = ("cell", screen.time_n[rows])
     return coords

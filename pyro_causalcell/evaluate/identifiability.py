@@ -12,8 +12,11 @@ import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
 from pyro import poutine
-from sklearn.linear_model import Lasso, LinearRegression
-from sklearn.model_selection import KFold, cross_val_predict
+from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from pyro_causalcell.data import Minibatches, Screen
 from pyro_causalcell.errors import DataError, PredictionError
@@ -32,7 +35,15 @@ from pyro_causalcell.inference.posterior import encode
 from pyro_causalcell.predict import global_draws, global_means
 from pyro_causalcell.predict.cells import seeded
 
-__all__ = ["Rank", "alignment", "numerical_rank", "seed_agreement", "shift_rank", "udr"]
+__all__ = [
+    "Rank",
+    "alignment",
+    "numerical_rank",
+    "perturbation_auc",
+    "seed_agreement",
+    "shift_rank",
+    "udr",
+]
 
 Run = Fit | NDArray[Any] | Mapping[str, NDArray[Any]]
 """A trained model, or its latents [cells, latents], or its latents by block."""
@@ -262,6 +273,38 @@ def alignment(
         distance = mmd(reference[:max_cells] / sd_k, cells[:max_cells] / sd_k)
         table.append((screen.conditions[c], int((condition_n == c).sum()), np.linalg.norm(gap_k), distance))
     return pd.DataFrame(table, columns=["condition", "n_cells", "mean_distance", "mmd"])
+
+
+def perturbation_auc(z_nk: NDArray[Any], label_n: NDArray[Any], *, seed: int = 0) -> float:
+    """How well a classifier tells from some latents which perturbation a cell had; .5 is not at all.
+
+    Logistic regression on the latents, their squares and products, five-fold cross-validated; the area
+    under the ROC curve of each label against the rest, averaged over labels. Lower is better for latents
+    that should not feel perturbations.
+
+    Args:
+        z_nk: Latents of cells that trained nothing.
+        label_n: Their conditions.
+        seed: Seed of the folds.
+
+    Raises:
+        DataError: There are fewer than two labels, or fewer than five cells of one.
+    """
+    labels, sizes = np.unique(label_n, return_counts=True)
+    if len(labels) < 2 or sizes.min() < 5:
+        raise DataError(
+            f"expected two labels or more of at least 5 cells, found {dict(zip(labels, sizes, strict=True))}."
+        )
+    classifier = make_pipeline(
+        StandardScaler(),
+        PolynomialFeatures(2, include_bias=False),
+        StandardScaler(),
+        LogisticRegression(C=0.1),
+    )
+    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
+    probability_nc = cross_val_predict(classifier, z_nk, label_n, cv=folds, method="predict_proba")
+    areas = [roc_auc_score(label_n == c, probability_nc[:, i]) for i, c in enumerate(labels)]
+    return float(np.mean(areas))
 
 
 def _check_several(runs: Sequence[object]) -> None:

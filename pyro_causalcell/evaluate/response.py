@@ -47,6 +47,7 @@ __all__ = [
     "r2_of_means",
     "response_scores",
     "rmse",
+    "rmse_cell_vs_mean",
     "spearman_of_effects",
     "strong_interactions",
     "t_against_rest",
@@ -94,6 +95,7 @@ METRICS: dict[str, Metric] = {
     "l2_top": Metric("L2, top expressed genes (log1p CP10k)", False, 0.0),
     "rmse": Metric("RMSE (log1p CP10k)", False, 0.0),
     "rmse_top": Metric("RMSE, top expressed genes (log1p CP10k)", False, 0.0),
+    "rmse_cell_vs_mean": Metric("RMSE of single cells around the prediction (log1p CP10k)", False, None),
     "mae": Metric("MAE (log1p CP10k)", False, 0.0),
     "mae_top": Metric("MAE, top expressed genes (log1p CP10k)", False, 0.0),
     "pearson_control": Metric("Pearson of effects against control", True, 1.0),
@@ -155,6 +157,21 @@ def rmse(true_cg: Array, predicted_cg: Array, scored_cg: Mask) -> Floats:
     NaN without a scored gene, as are all errors.
     """
     return np.sqrt(_mean((predicted_cg - true_cg) ** 2, scored_cg))
+
+
+def rmse_cell_vs_mean(true_cg: Array, variance_cg: Array, predicted_cg: Array, scored_cg: Mask) -> Floats:
+    """Root mean squared distance of single measured cells from a predicted mean, shape (c,); lower is better.
+
+    Its square is that of :func:`rmse` plus the mean variance of the cells, which no predicted mean can take
+    away: the cells' own mean scores the floor, ``sqrt`` of that variance.
+
+    Args:
+        true_cg: Mean of the measured cells.
+        variance_cg: Their mean squared distance from it.
+        predicted_cg: Predicted means.
+        scored_cg: Genes to score.
+    """
+    return np.sqrt(_mean((predicted_cg - true_cg) ** 2 + variance_cg, scored_cg))
 
 
 def mae(true_cg: Array, predicted_cg: Array, scored_cg: Mask) -> Floats:
@@ -623,6 +640,7 @@ class Truth:
         perturbed_g: Mean of the training perturbed cells.
         scored_cg: Genes to score (:func:`other_genes`).
         control_g: Mean of the training control cells.
+        variance_cg: Mean squared distance of the held-out cells from ``true_cg``.
         de_train_cg: Changed genes according to training cells (:func:`de_labels_train`).
         weight_train_cg: Gene weights from training cells (:func:`effect_weights`).
         weight_test_cg: Gene weights from test cells.
@@ -639,6 +657,7 @@ class Truth:
     perturbed_g: Floats
     scored_cg: Mask
     control_g: Floats | None = None
+    variance_cg: Floats | None = None
     de_train_cg: Mask | None = None
     weight_train_cg: Floats | None = None
     weight_test_cg: Floats | None = None
@@ -648,7 +667,7 @@ class Truth:
 
     def __post_init__(self) -> None:
         shape = (len(self.conditions), len(self.perturbed_g))
-        optional = ("de_train_cg", "weight_train_cg", "weight_test_cg", "additive_cg")
+        optional = ("variance_cg", "de_train_cg", "weight_train_cg", "weight_test_cg", "additive_cg")
         for name in ("true_cg", "scored_cg", *optional):
             array = getattr(self, name)
             if array is not None and array.shape != shape:
@@ -703,6 +722,8 @@ def response_scores(truth: Truth, predicted_cg: Array, name: str = "predicted_cg
         "r2_regression": r2_by_regression(y, p, scored),
         "centroid_accuracy": centroid_accuracy(y, p, scored),
     }
+    if truth.variance_cg is not None:
+        scores["rmse_cell_vs_mean"] = rmse_cell_vs_mean(y, truth.variance_cg, p, scored)
     for source, weight_cg in {"train": truth.weight_train_cg, "test": truth.weight_test_cg}.items():
         if weight_cg is not None:
             scores[f"weighted_mse_{source}"] = weighted_mse(y, p, weight_cg)

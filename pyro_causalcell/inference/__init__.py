@@ -4,12 +4,13 @@ from pyro_causalcell.inference.elbo import SiteWeights, elbo_terms
 from pyro_causalcell.inference.fitted import Fit
 from pyro_causalcell.inference.pair import Pair, build_pair, check_pair
 from pyro_causalcell.inference.training import fit
-from pyro_causalcell.inference.warm_start import sparse_rotation
+from pyro_causalcell.inference.warm_start import block_rotation, sparse_rotation
 
 __all__ = [
     "Fit",
     "Pair",
     "SiteWeights",
+    "block_rotation",
     "build_pair",
     "check_pair",
     "elbo_terms",

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from pyro import poutine
@@ -108,6 +108,7 @@ def build_pair(model: Source, guide: Source | None, dims: Dims, settings: Mappin
         }
         available = {**dims._asdict(), **settings, **own}
         given = {name: value for name, value in available.items() if name in arguments[kind]}
+        _check_choices(cls, given)
         try:
             built.append((cls(**given), given))
         except (TypeError, ValueError, RuntimeError) as error:  # torch refuses sizes with RuntimeError
@@ -209,6 +210,18 @@ def _matching_guide(model: Source) -> Source:
 
 def _arguments(cls: type[nn.Module]) -> set[str]:
     return {name for name in inspect.signature(cls.__init__).parameters if name != "self"}
+
+
+def _check_choices(cls: type, given: Mapping[str, Any]) -> None:
+    """Refuse words that an argument annotated as Literal does not list."""
+    try:
+        hints = get_type_hints(cls.__init__)  # type: ignore[misc]
+    except (NameError, TypeError):  # a user's class may name types that exist for a checker only
+        return
+    for name, value in given.items():
+        known = get_args(hints.get(name))
+        if get_origin(hints.get(name)) is Literal and value not in known:
+            raise PairError(f"{cls.__name__} takes {name}= one of {list(known)}, found {value!r}")
 
 
 def check_pair(model: Callable[[Batch], object], guide: Callable[[Batch], object], batch: Batch) -> None:

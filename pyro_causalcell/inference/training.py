@@ -36,7 +36,7 @@ from pyro_causalcell.inference.fitted import (
 )
 from pyro_causalcell.inference.pair import Pair, Source, build_pair, check_pair
 from pyro_causalcell.inference.posterior import encode, is_local, sample_sites
-from pyro_causalcell.inference.warm_start import can_rotate, sparse_rotation
+from pyro_causalcell.inference.warm_start import block_rotation, can_rotate, sparse_rotation
 
 __all__ = ["fit", "pick_device"]
 
@@ -205,7 +205,7 @@ def fit(
         elbo=None if elbo is None else type(elbo).__name__,
         particles=particles,
         compile=compile,
-        anchors=_anchors(anchors, pair.model, screen),
+        anchors=_anchors(anchors, pair, screen),
         memory_budget_gb=memory_budget_gb,
     )
     with _threads(threads):
@@ -474,18 +474,26 @@ class Trainer:
         )
 
     def _hold_gates(self, held: bool) -> None:
-        self.pair.guide.hold_gates_open(held)  # type: ignore[operator]
+        for side in (self.pair.guide, self.pair.model):
+            if hasattr(side, "hold_gates_open"):
+                side.hold_gates_open(held)  # type: ignore[operator]
 
     def _turn_axes(self) -> None:
         """Turn the latent axes to make shifts sparse, and let the gates go."""
         self.pair.train(False)
-        site = str(self.pair.guide.rotated_site)
+        sites: Any = self.pair.guide.rotated_site
+        sites = (sites,) if isinstance(sites, str) else sites
         ordered = Minibatches(self.screen, self.split.train, 4096, shuffle=False, device=self.device)
         with _same_draws(self.seed, self.device):
-            loc_nk, scale_nk = encode(self.pair.guide, ordered)[site]
+            moments = encode(self.pair.guide, ordered)
+        locs, scales = zip(*(moments[site] for site in sites), strict=True)
+        loc_nk, variance_k = torch.cat(locs, -1), (torch.cat(scales, -1) ** 2).mean(0)
         u_np = torch.from_numpy(self.screen.u(self.split.train))
-        turn = sparse_rotation(loc_nk, u_np, variance_k=(scale_nk**2).mean(0), seed=self.seed)
-        turn = type(turn)(*(t.to(self.device) for t in turn))
+        if len(sites) == 1:
+            turn = sparse_rotation(loc_nk, u_np, variance_k=variance_k, seed=self.seed)
+        else:
+            turn = block_rotation(loc_nk, u_np, locs[0].shape[-1], variance_k=variance_k, seed=self.seed)
+        turn = turn.to(self.device)
         self._hold_gates(False)
         self.pair.model.rotate(turn.map_kk, turn.offset_k)  # type: ignore[operator]
         self.pair.guide.rotate(turn)  # type: ignore[operator]
@@ -625,8 +633,8 @@ def _check_needs(model: nn.Module, screen: Screen) -> None:
         screen.require_normalised()
 
 
-def _anchors(asked: Anchors | None, model: nn.Module, screen: Screen) -> Anchors | None:
-    if "control" not in getattr(model, "needs", set()):
+def _anchors(asked: Anchors | None, pair: Pair, screen: Screen) -> Anchors | None:
+    if not any("control" in getattr(side, "needs", set()) for side in (pair.model, pair.guide)):
         return None
     return asked or ("twin" if screen.has_twins else "batch")
 

@@ -161,7 +161,7 @@ def cell_trace(
 
 
 class KeepNoise(Messenger):
-    """Give each cell's latents the noise found in its measured state: loc + scale · noise.
+    """Give each cell's latents the noise found in its measured state.
 
     Args:
         noise: Site name -> standardised noise.
@@ -174,7 +174,7 @@ class KeepNoise(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         noise = self.noise.get(msg["name"])
         if noise is not None and not msg["is_observed"]:
-            msg["value"] = msg["fn"].mean + msg["fn"].variance.sqrt() * noise
+            msg["value"] = _from_noise(msg["fn"], noise)
             msg["done"] = True
 
 
@@ -184,7 +184,23 @@ def _noise(fit: Fit, factual: Batch, draw: Mapping[str, Tensor]) -> dict[str, Te
     drawn = {site["name"]: site["value"] for site in _latent_sites(guide_trace)}
     model_trace = poutine.trace(poutine.condition(fit.model, data={**draw, **drawn})).get_trace(factual)
     sites = (model_trace.nodes[name] for name in drawn)
-    return {s["name"]: (s["value"] - s["fn"].mean) / s["fn"].variance.sqrt() for s in sites}
+    return {s["name"]: _noise_of(s["fn"], s["value"]) for s in sites}
+
+
+def _noise_of(fn: Any, value: Tensor) -> Tensor:
+    """Standard noise of a value: a structural distribution says it, others are loc + scale · noise."""
+    if hasattr(fn, "noise_of"):
+        noise: Tensor = fn.noise_of(value)
+        return noise
+    return (value - fn.mean) / fn.variance.sqrt()
+
+
+def _from_noise(fn: Any, noise: Tensor) -> Tensor:
+    """The value that arises from standard noise."""
+    if hasattr(fn, "from_noise"):
+        value: Tensor = fn.from_noise(noise)
+        return value
+    return fn.mean + fn.variance.sqrt() * noise
 
 
 def cell_latents(trace: poutine.Trace) -> Tensor:

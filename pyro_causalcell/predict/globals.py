@@ -11,7 +11,15 @@ from pyro_causalcell.errors import PredictionError
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.posterior import encode, global_sites
 
-__all__ = ["edge_names", "global_draws", "global_means", "graph", "programme_names", "stub_batch"]
+__all__ = [
+    "edge_names",
+    "global_draws",
+    "global_means",
+    "graph",
+    "mechanism_graph",
+    "programme_names",
+    "stub_batch",
+]
 
 
 def stub_batch(fit: Fit, u_np: Tensor, library: float = 1.0, batch_nb: Tensor | None = None) -> Batch:
@@ -67,7 +75,7 @@ def graph(fit: Fit) -> pd.DataFrame:
     Returns:
         One row per edge: ``perturbation``, ``programme``, ``probability`` that the edge is there,
         ``effect`` (posterior mean of the shift where it is, in standard deviations of a control
-        programme) and ``effect_sd``.
+        programme) and ``effect_sd``. Programmes that no perturbation may act on have no rows.
 
     Raises:
         PredictionError: The model has no ``shift``: with closed gates perturbations have no effect.
@@ -84,12 +92,46 @@ def graph(fit: Fit) -> pd.DataFrame:
         raise PredictionError(
             "this model has no perturbation shifts (no global latent 'shift'), so there is no graph"
         )
-    rows = pd.MultiIndex.from_product(
-        [edge_names(fit, len(effect_pk)), programme_names(fit)], names=["perturbation", "programme"]
-    )
+    targets, programmes = edge_names(fit, len(effect_pk)), programme_names(fit)[-effect_pk.shape[1] :]
+    rows = pd.MultiIndex.from_product([targets, programmes], names=["perturbation", "programme"])
     columns = {"probability": probability_pk, "effect": effect_pk, "effect_sd": sd_pk}
     values = {name: value.detach().cpu().numpy().ravel() for name, value in columns.items()}
     return pd.DataFrame(values, index=rows).reset_index()
+
+
+def mechanism_graph(fit: Fit) -> pd.DataFrame:
+    """Which programmes act on which under each perturbation, for models whose perturbations set weights.
+
+    Returns:
+        One row per possible edge: ``perturbation``, ``parent``, ``programme``, ``probability`` that the
+        perturbation switches the edge on (it changes the programme's mechanism, and the edge exists),
+        ``weight`` (posterior mean where it does; standard deviations of the programme in control for one
+        of the parent) and ``weight_sd``.
+
+    Raises:
+        PredictionError: The model has no free weights of edges (no global latent ``weight``).
+    """
+    sites, model = _global_distributions(fit), fit.model
+    if "weight" not in sites or not hasattr(model, "allowed_vk"):
+        raise PredictionError(
+            "this model has no free weights between programmes (no global latent 'weight' and no "
+            "'allowed_vk'), so there is no graph of them"
+        )
+    weight_pvk, sd_pvk = sites["weight"].mean, sites["weight"].variance.sqrt()
+    probability_pvk = torch.ones_like(weight_pvk)
+    if "gate" in sites:
+        probability_pvk = probability_pvk * sites["gate"].mean.unsqueeze(-1)
+    if "edge" in sites:
+        probability_pvk = probability_pvk * sites["edge"].mean
+    names, n_v = programme_names(fit), weight_pvk.shape[1]
+    rows = pd.MultiIndex.from_product(
+        [edge_names(fit, len(weight_pvk)), names[-n_v:], names], names=["perturbation", "programme", "parent"]
+    )
+    columns = {"probability": probability_pvk, "weight": weight_pvk, "weight_sd": sd_pvk}
+    values = {name: value.detach().cpu().numpy().ravel() for name, value in columns.items()}
+    possible = torch.as_tensor(model.allowed_vk).bool().expand_as(weight_pvk).cpu().numpy().ravel()
+    table = pd.DataFrame(values, index=rows)[possible].reset_index()
+    return table[["perturbation", "parent", "programme", *columns]]
 
 
 def edge_names(fit: Fit, n_edges: int) -> list[str]:

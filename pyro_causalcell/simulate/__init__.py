@@ -3,7 +3,7 @@
 from pyro_causalcell.simulate.decoder import expected_counts
 from pyro_causalcell.simulate.latent_scm import latent_scm, rotated_scm
 from pyro_causalcell.simulate.oracle import oracle_nll
-from pyro_causalcell.simulate.screen import combination_screen
+from pyro_causalcell.simulate.screen import combination_screen, screen_cells
 from pyro_causalcell.simulate.sparse_shift import out_of_domain, sparse_shift
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "oracle_nll",
     "out_of_domain",
     "rotated_scm",
+    "screen_cells",
     "sparse_shift",
 ]

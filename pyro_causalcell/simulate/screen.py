@@ -13,9 +13,15 @@ from numpy.typing import NDArray
 
 from pyro_causalcell.datasets import norman2019_subset
 from pyro_causalcell.errors import DataError
-from pyro_causalcell.simulate.decoder import CONTROL, check_at_least, numbered, stream
+from pyro_causalcell.simulate.decoder import (
+    CONTROL,
+    check_at_least,
+    numbered,
+    simulation_record,
+    stream,
+)
 
-__all__ = ["Kind", "combination_screen"]
+__all__ = ["Kind", "combination_screen", "screen_cells"]
 
 Kind = Literal["additive", "dominant", "suppressed", "saturated"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -275,6 +281,43 @@ def combination_screen(
         var=pd.DataFrame(index=gene_names.astype(str)),
         uns={"simulation": record, "target_embeddings": informative, "random_embeddings": random},
     )
+
+
+def screen_cells(adata: anndata.AnnData, condition: str, n_cells: int, seed: int = 0) -> NDArray[np.int32]:
+    """New cells of any condition from the process that made a screen: what a perfect model would predict.
+
+    Libraries are drawn from those of the screen.
+
+    Args:
+        adata: What :func:`combination_screen` made.
+        condition: "control", or targets of the screen joined by "+", measured or not.
+        n_cells: Cells.
+        seed: Seed of the draws; they are independent of those of the screen's own cells.
+
+    Returns:
+        Counts, shape (cells, genes).
+
+    Raises:
+        DataError: The data are not of :func:`combination_screen`, or a target is unknown.
+    """
+    record = simulation_record(adata, "combination_screen")
+    names = [str(name) for name in record["targets"]]
+    asked = [] if condition == CONTROL else condition.split("+")
+    unknown = sorted(set(asked) - set(names))
+    if unknown:
+        raise DataError(
+            f"expected targets of the simulation, found {unknown}; they are {names[:5]} and others."
+        )
+    fields = ("weight_kk", "sd_k", "shift_pk", "cut_pk", "role_p", "module_p")
+    mechanism = _Mechanism(*(np.asarray(record[name]) for name in fields))
+    own_gene_p = adata.var_names.get_indexer(names)
+    decoder = _Decoder(record["log_base_g"], np.asarray(record["loading_kg"], dtype=np.float64), own_gene_p)
+    library_n = np.random.default_rng(seed).choice(adata.obs["library_true"].to_numpy(), n_cells)
+    u_1p = np.isin(names, asked)[None]
+    condition_n = np.zeros(n_cells, dtype=np.int64)
+    own_seed = int(np.random.SeedSequence([int(record["seed"]), seed]).generate_state(1)[0])
+    counts_ng, _ = _draw_cells(mechanism, decoder, record["theta_g"], u_1p, condition_n, library_n, own_seed)
+    return counts_ng.toarray()
 
 
 # ---------------------------------------------------------------------- genes

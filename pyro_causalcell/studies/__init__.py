@@ -1,5 +1,6 @@
 """Studies: one module per paper's tables, with a common runner."""
 
+import inspect
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,13 @@ from pyro_causalcell.errors import CausalCellError
 
 __all__ = ["STUDIES", "run_study"]
 
-STUDIES = {"sparse-shift": "pyro_causalcell.studies.sparse_shift"}
-"""Name of a study -> module with its ``run``."""
+STUDIES = {
+    "sparse-shift": "pyro_causalcell.studies.sparse_shift:run",
+    "latent-scm": "pyro_causalcell.studies.latent_scm:run",
+    "norman": "pyro_causalcell.studies.combinations:run_norman",
+    "simulated-screen": "pyro_causalcell.studies.combinations:run_simulated",
+}
+"""Name of a study -> the function that runs it."""
 
 
 def run_study(name: str, out: str | Path, **settings: Any) -> pd.DataFrame:
@@ -20,15 +26,21 @@ def run_study(name: str, out: str | Path, **settings: Any) -> pd.DataFrame:
     Args:
         name: One of :data:`STUDIES`.
         out: Folder of results.
-        **settings: Arguments of the study's ``run``.
+        **settings: Arguments of the function that runs it.
 
     Returns:
         The table: study, setting, method, metric, mean, sd, n_seeds, paper.
 
     Raises:
-        CausalCellError: No study of that name.
+        CausalCellError: No study of that name, or it has no such setting.
     """
     if name not in STUDIES:
         raise CausalCellError(f"no study {name!r}; there are {sorted(STUDIES)}")
-    table: pd.DataFrame = import_module(STUDIES[name]).run(out, **settings)
+    module, function = STUDIES[name].split(":")
+    run = getattr(import_module(module), function)
+    takes = [argument for argument in inspect.signature(run).parameters if argument != "out"]
+    foreign = sorted(set(settings) - set(takes))
+    if foreign:
+        raise CausalCellError(f"the study {name} has no setting {foreign}; it takes {takes}")
+    table: pd.DataFrame = run(out, **settings)
     return table

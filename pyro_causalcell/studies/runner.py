@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pyro_causalcell.errors import CausalCellError
 
-__all__ = ["Job", "Paper", "finished", "markdown", "run_jobs", "summarise"]
+__all__ = ["Job", "Paper", "finished", "markdown", "run_jobs", "summarise", "write_table"]
 
 Scores = dict[str, Any]
 Paper = Mapping[tuple[str, str, str], float]
@@ -223,6 +223,24 @@ def markdown(table: pd.DataFrame, labels: Mapping[str, str]) -> str:
             lines.append(f"| {method} | " + " | ".join(cells) + f" | {int(rows['n_seeds'].max())} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def write_table(
+    table: pd.DataFrame, out: Path, labels: Mapping[str, str], note: str, quick: bool, more: str = ""
+) -> None:
+    """Write ``table.csv``, and the same as a page of tables, ``table.md``.
+
+    Args:
+        table: What :func:`summarise` gave.
+        out: Folder.
+        labels: Metric -> heading.
+        note: What a reader of the page has to know first.
+        quick: Whether it is the quick size; the page says so.
+        more: Further Markdown, below the tables.
+    """
+    table.to_csv(out / "table.csv", index=False)
+    size = "**Quick size: shows that the study runs, not how good the methods are.**\n\n" if quick else ""
+    (out / "table.md").write_text(f"{size}{note}\n\n{markdown(table, labels)}{more}")
 
 
 def _cell(row: pd.Series) -> str:

@@ -23,7 +23,7 @@ from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import CausalCellError
 from pyro_causalcell.models.sparse_shift import PRESETS
 from pyro_causalcell.plot import reliability, study_table
-from pyro_causalcell.studies.runner import Job, Scores, finished, markdown, run_jobs, summarise
+from pyro_causalcell.studies.runner import Job, Scores, finished, run_jobs, summarise, write_table
 
 __all__ = ["METHODS", "METRICS", "PAPER", "run", "table_jobs"]
 
@@ -245,14 +245,11 @@ def run(
     run_jobs(jobs, score_job, out, workers=workers, progress=progress)
     rows = _excess(_in_order(finished(out, quick=quick)))
     table = summarise(STUDY, rows, PAPER, list(METRICS))
-    table.to_csv(out / "table.csv", index=False)
     note = (
         "All data is simulated. Ours: mean ± sd over seeds; the paper's number in brackets. The oracle is "
-        "the model that made the data; no method can be expected below it.\n\n"
+        "the model that made the data; no method can be expected below it."
     )
-    if quick:
-        note = "**Quick size: shows that the study runs, not how good the methods are.**\n\n" + note
-    (out / "table.md").write_text(note + markdown(table, METRICS))
+    write_table(table, out, METRICS, note, quick)
     _figures(rows, table, out)
     return table
 

@@ -66,6 +66,20 @@ def test_additive_is_the_best_baseline_where_effects_add(tiny_screen):
     assert min(error, key=error.get) == "additive"
 
 
+def test_cells_of_a_baseline_have_the_spread_of_control_cells(tiny_screen, rows):
+    fitted = fit_baselines(tiny_screen, rows)
+    control, added = (fitted[name].cells(["A+B"], 500)[0] for name in ("control mean", "additive"))
+    assert control.shape == (100, 20)  # all control cells there are, as they are
+    np.testing.assert_allclose(control.mean(0), fitted["control mean"].predict(["A+B"])[0])
+    np.testing.assert_allclose(added.mean(0), fitted["additive"].predict(["A+B"])[0])
+    np.testing.assert_allclose(added.std(0), control.std(0))
+    perturbed = rows[tiny_screen.condition_n[rows] > 0]
+    without = fit_baselines(tiny_screen, perturbed)["matching mean"]
+    (cells,) = without.cells(["A+B"], 500)
+    np.testing.assert_allclose(cells.mean(0), without.predict(["A+B"])[0])
+    assert cells.shape == (300, 20)
+
+
 def test_unseen_component_stands_for_the_perturbed_mean(tiny_screen, rows):
     without_d = rows[tiny_screen.condition_n[rows] != tiny_screen.conditions.index("D")]
     fitted = fit_baselines(tiny_screen, without_d)

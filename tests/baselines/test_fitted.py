@@ -25,6 +25,18 @@ def test_model_predicts_the_mean_of_its_cells(trained):
     np.testing.assert_allclose(cells.mean(0), model.predict(["A+B"])[0])
 
 
+def test_model_starts_from_control_cells(trained, _tiny):
+    control = Screen.from_spec(
+        trained.screen, _tiny[(_tiny.obs["target"] == "non-targeting").to_numpy()].copy()
+    )
+    model = ModelPredictor(trained, basal=control, n_cells=40, seed=2)
+    drawn = predict(trained, ["A+B"], n_cells=40, basal=control, seed=2).X
+    np.testing.assert_allclose(model.predict(["A+B"])[0], log_cp10k(drawn, drawn.sum(1)).mean(0))
+    assert not np.allclose(
+        model.predict(["A+B"]), ModelPredictor(trained, n_cells=40, seed=2).predict(["A+B"])
+    )
+
+
 def test_model_knows_which_cells_it_has_seen(trained):
     model = ModelPredictor(trained)
     split = trained.split

@@ -275,7 +275,21 @@ def test_study(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         ("sparse-shift", Path("sparse-shift"), {"quick": True, "workers": 1, "progress": True}),
         ("sparse-shift", Path("there"), {"quick": False, "workers": 2, "progress": False}),
     ]
+    words = ("--seeds", 1, "--full", "--methods", "SAMS-VAE", "--methods", "CPA-VAE", "--quiet")
+    assert cli("study", "simulated-screen", *words).out == ["study: simulated-screen"]
+    assert asked[-1][2] == {
+        "methods": ["SAMS-VAE", "CPA-VAE"],
+        "seeds": 1,
+        "full": True,
+        "quick": False,
+        "workers": 1,
+        "progress": False,
+    }
     monkeypatch.undo()
+    foreign = cli("study", "sparse-shift", "--data", "norman.h5ad", "--out", "there")
+    assert foreign.code == 2 and "sparse-shift has no setting ['data']" in foreign.err[0]
+    absent = cli("study", "norman", "--data", "norman.h5ad", "--out", "there", "--quiet")
+    assert absent.code == 2 and "norman.h5ad, found nothing" in absent.err[0] and not Path("there").exists()
     unknown = cli("study", "sparse-shfit", "--out", "there")
     assert unknown.code == 2 and "sparse-shift" in unknown.err[0] and not Path("there").exists()
 

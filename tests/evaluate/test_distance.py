@@ -12,7 +12,9 @@ from pyro_causalcell.datasets import papalexi2021
 from pyro_causalcell.errors import DataError
 from pyro_causalcell.evaluate import (
     DISTANCES,
+    PAIRED,
     discrepancy_vae_mmd,
+    discrepancy_vae_scores,
     distance_scores,
     e_distance,
     e_distance_with_diagonal,
@@ -52,6 +54,25 @@ def test_legacy_forms_by_hand():
     by_hand = (10 + kernel(1)) / 2 + (10 + kernel(2)) / 2 - 2 * across
     assert discrepancy_vae_mmd(X, Y, sigma=10.0) == pytest.approx(by_hand)
     assert linear_mmd(X, Y) == pytest.approx((0.5 - 4) ** 2)
+
+
+def test_scores_of_the_discrepancy_vae_by_hand():
+    """Cells of a set are all alike, so pairing does not matter; 40 cells make one batch of 32."""
+    x_ng, y_ng = np.tile([1.0, 3.0], (40, 1)), np.tile([2.0, 2.5], (50, 1))
+    found = discrepancy_vae_scores(x_ng, y_ng)
+    assert list(found) == list(PAIRED)
+    assert found["rel_rmse_paired"] == pytest.approx(np.sqrt((1 + 0.25) / (1 + 9)))
+    assert found["r2_paired"] == 0.0  # 1 - (1 + .25) / (.25² + .25²), cut off
+    assert found["mmd_paired"] == pytest.approx(discrepancy_vae_mmd(x_ng[:32], y_ng[:32]))
+    near = discrepancy_vae_scores(x_ng, x_ng + 0.1)  # the predicted mean takes the place of the truth
+    assert near["r2_paired"] == pytest.approx(1 - 2 * 0.1**2 / 2)
+
+
+def test_scores_of_the_discrepancy_vae_average_over_batches(rng):
+    x_ng, y_ng = rng.normal(size=(64, 3)) + 2, rng.normal(size=(64, 3)) + 2
+    first, again, few = (discrepancy_vae_scores(x_ng, y_ng[:n], s) for n, s in ((64, 0), (64, 0), (5, 0)))
+    assert first == again
+    assert few["mmd_paired"] > first["mmd_paired"] > 0  # few cells make one small batch
 
 
 def test_sinkhorn_between_points_by_hand():

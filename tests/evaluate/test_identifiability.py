@@ -8,7 +8,14 @@ import torch
 
 from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import DataError, PredictionError
-from pyro_causalcell.evaluate import alignment, numerical_rank, seed_agreement, shift_rank, udr
+from pyro_causalcell.evaluate import (
+    alignment,
+    numerical_rank,
+    perturbation_auc,
+    seed_agreement,
+    shift_rank,
+    udr,
+)
 from pyro_causalcell.evaluate import identifiability as room
 from pyro_causalcell.predict import latents
 
@@ -219,3 +226,19 @@ def test_a_rotation_costs_the_sparsity_of_shifts(rng):
     shift_pk = np.kron(np.eye(4), np.ones((3, 1))) * 3
     turned_pk = shift_pk @ np.linalg.qr(rng.standard_normal((4, 4)))[0]
     assert (np.abs(shift_pk) > 0.1).sum(1).max() == 1 < (np.abs(turned_pk) > 0.1).sum(1).min()
+
+
+def test_perturbation_auc_is_a_half_where_nothing_differs_and_one_where_all_does():
+    rng = np.random.default_rng(0)
+    label_n = np.repeat(["a", "b", "c"], 150)
+    z_nk = rng.standard_normal((450, 3))
+    assert abs(perturbation_auc(z_nk, label_n) - 0.5) < 0.06
+    shifted = z_nk + 8.0 * (label_n[:, None] == np.array(["a", "b", "c"]))
+    assert perturbation_auc(shifted, label_n) > 0.99
+    wider = z_nk * np.where(label_n == "a", 4.0, 1.0)[:, None]  # squares see a change of variance alone
+    assert perturbation_auc(wider[label_n != "c"], label_n[label_n != "c"]) > 0.85
+
+
+def test_perturbation_auc_needs_labels_with_cells():
+    with pytest.raises(DataError, match="at least 5 cells"):
+        perturbation_auc(np.zeros((9, 2)), np.array(["a"] * 6 + ["b"] * 3))

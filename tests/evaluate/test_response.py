@@ -35,6 +35,7 @@ from pyro_causalcell.evaluate import (
     r2_of_means,
     response_scores,
     rmse,
+    rmse_cell_vs_mean,
     spearman_of_effects,
     strong_interactions,
     t_against_rest,
@@ -381,6 +382,7 @@ class Simulated:
             perturbed_g=self.perturbed_g,
             scored_cg=scored_cg,
             control_g=self.control_g,
+            variance_cg=variance_cg,
             de_train_cg=np.abs(self.train_cg - self.control_g) > 0.15,
             weight_train_cg=effect_weights(t_against_rest(self.train_cg, variance_cg, n_cells), scored_cg),
             weight_test_cg=effect_weights(t_against_rest(self.test_cg, variance_cg, n_cells), scored_cg),
@@ -396,6 +398,18 @@ class Simulated:
 @pytest.fixture(scope="module")
 def simulated():
     return Simulated()
+
+
+def test_cells_around_a_predicted_mean(rng):
+    """Bias and noise add up: the same as going through the cells."""
+    x_ng, predicted_g = rng.normal(size=(7, 3)), np.array([0.5, -1.0, 2.0])
+    scored_cg = np.array([[True, False, True]])
+    by_hand = np.sqrt(((x_ng - predicted_g)[:, scored_cg[0]] ** 2).mean())
+    mean_cg, variance_cg = x_ng.mean(0)[None], x_ng.var(0)[None]
+    found = rmse_cell_vs_mean(mean_cg, variance_cg, predicted_g[None], scored_cg)
+    assert found == pytest.approx([by_hand])
+    floor = rmse_cell_vs_mean(mean_cg, variance_cg, mean_cg, scored_cg)
+    assert floor == pytest.approx(np.sqrt(variance_cg[:, [0, 2]].mean(1))) and floor < found
 
 
 def test_every_metric_is_computed_and_described(simulated):

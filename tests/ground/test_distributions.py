@@ -7,12 +7,14 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy import stats
 from torch.distributions import kl_divergence
 
 from pyro_causalcell import distributions
 from pyro_causalcell.distributions import (
     Gate,
     GatedNormal,
+    LinearSCM,
     MeanFieldGate,
     NegativeBinomial,
     StraightThroughGate,
@@ -307,6 +309,73 @@ def test_gated_normal_scores_by_its_gate():
     assert wide.gate.shape == wide.loc.shape == wide.rsample().shape == (2, 3)
     with pytest.raises(ValueError, match="gate"):
         GatedNormal(torch.tensor([1.2]), 0.0, 1.0, validate_args=True)
+
+
+def _scm() -> LinearSCM:
+    """Four cells with mechanisms of their own, three programmes."""
+    torch.manual_seed(0)
+    return LinearSCM(torch.randn(4, 3), torch.randn(4, 3, 3).triu(1), torch.randn(4, 3) / 2)
+
+
+def _normal_law(scm: LinearSCM, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of one cell: (I - W)^-1 m and (I - W)^-1 diag(s^2) (I - W)^-T."""
+    total_kk = np.linalg.inv(np.eye(3) - scm.weight_kk[n].double().numpy())
+    variance_k = np.exp(2 * scm.log_scale[n].double().numpy())
+    return total_kk @ scm.loc[n].double().numpy(), total_kk * variance_k @ total_kk.T
+
+
+def test_linear_scm_has_the_density_of_its_normal_law():
+    scm = _scm()
+    z_nk = scm.sample()
+    assert scm.batch_shape == (4,) and scm.event_shape == (3,)
+    for n in range(4):
+        mean_k, covariance_kk = _normal_law(scm, n)
+        expected = stats.multivariate_normal(mean_k, covariance_kk).logpdf(z_nk[n].numpy())
+        np.testing.assert_allclose(scm.log_prob(z_nk)[n], expected, rtol=1e-5)
+        np.testing.assert_allclose(scm.mean[n], mean_k, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(scm.variance[n], np.diag(covariance_kk), rtol=1e-5)
+    first = LinearSCM(scm.loc[0], scm.weight_kk[0], scm.log_scale[0]).expand(torch.Size((4,)))
+    assert first.batch_shape == (4,) and first.sample((2,)).shape == (2, 4, 3)
+    torch.testing.assert_close(first.log_prob(z_nk)[0], scm.log_prob(z_nk)[0])
+
+
+def test_linear_scm_draws_follow_the_law():
+    scm = _scm()
+    scm.loc.requires_grad_()
+    z_snk = scm.rsample((40_000,))
+    for n in range(4):
+        mean_k, covariance_kk = _normal_law(_scm(), n)
+        sd_k = np.sqrt(np.diag(covariance_kk))
+        drawn_sk = z_snk[:, n].detach().numpy()
+        np.testing.assert_allclose(drawn_sk.mean(0) / sd_k, mean_k / sd_k, atol=0.03)
+        np.testing.assert_allclose(
+            np.cov(drawn_sk.T) / np.outer(sd_k, sd_k), covariance_kk / np.outer(sd_k, sd_k), atol=0.03
+        )
+    z_snk.mean(0).sum().backward()
+    assert bool((scm.loc.grad != 0).all())
+
+
+def test_linear_scm_expects_over_undecided_scales_and_residuals():
+    """-½ log 2π - log s - ½ E[s^-2] (r² + slack), with E[s^-2] and the slack given."""
+    loc, weight_kk = torch.tensor([0.5, -1.0]), torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    scm = LinearSCM(loc, weight_kk, torch.tensor([0.1, -0.2]), torch.tensor([1.5, 3.0]), lambda z: z**2)
+    z = torch.tensor([2.0, 0.25])
+    square = np.array([(2.0 - 0.5 - 2 * 0.25) ** 2 + 4.0, (0.25 + 1.0) ** 2 + 0.0625])
+    expected = -(np.log(2 * np.pi) / 2 + np.array([0.1, -0.2]) + np.array([1.5, 3.0]) * square / 2).sum()
+    np.testing.assert_allclose(scm.log_prob(z), expected, rtol=1e-6)
+
+
+def test_noise_makes_the_programmes_that_it_came_from():
+    """By hand: the last programme first, then its children."""
+    weight_kk = torch.tensor([[0.0, 1.0, -1.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
+    scm = LinearSCM(torch.tensor([1.0, -2.0, 0.5]), weight_kk, torch.tensor([0.5, 2.0, 1.0]).log())
+    noise_nk = torch.tensor([[0.0, 0.0, 0.0], [1.0, -1.0, 2.0]])
+    last, middle = torch.tensor([0.5, 2.5]), torch.tensor([-1.0, 1.0])  # 0.5 + 1·2; -2 + 2·(-1) + 2·2.5
+    first = torch.tensor([-0.5, 0.0])  # 1 + 0.5·1 + 1·1 - 1·2.5
+    value_nk = torch.stack([first, middle, last], 1)
+    torch.testing.assert_close(scm.from_noise(noise_nk), value_nk)
+    torch.testing.assert_close(scm.noise_of(value_nk), noise_nk)
+    torch.testing.assert_close(scm.from_noise(torch.zeros(3)), scm.mean)
 
 
 @pytest.mark.gpu

@@ -89,7 +89,7 @@ def test_parameters_and_states_of_both(file):
         ("sparse-shfit", None, {}, "no model named 'sparse-shfit'; known are .*'sparse-shift'"),
         ("sparse-shift", None, {"n_latent": 3}, "has a setting 'n_latent'; did you mean n_latents"),
         ("sparse-shift", None, {"n_genes": 3}, "n_genes"),
-        ("sparse-shift", None, {"norm": "group"}, "could not be built: norm is"),
+        ("sparse-shift", None, {"norm": "group"}, "takes norm= one of"),
         ("nowhere.py:Model", None, {}, "nowhere.py not found"),
         ("FILE:Other", None, {}, r"no module class 'Other'; it has \['MyGuide', 'MyModel'\]"),
         (SparseShift(6, 3), None, {}, None),
@@ -222,3 +222,9 @@ def test_check_pair_accepts_good_pairs_and_needs_no_module(batch):
 @pytest.mark.parametrize("gates", ["posterior", "open", "closed", "sampled"])
 def test_check_pair_accepts_the_family(build, batch, gates):
     check_pair(*build(gates=gates), batch)
+
+
+@pytest.mark.parametrize("name", ["gates", "likelihood", "model.norm"])
+def test_words_that_a_setting_does_not_know_are_refused(tiny_screen, name):
+    with pytest.raises(PairError, match=rf"takes {name.split('.')[-1]}= one of \['.*found 'opne'"):
+        build_pair("sparse-shift", None, tiny_screen.dims(), {name: "opne"})

@@ -12,18 +12,27 @@ from pyro_causalcell.data import Minibatches, Screen
 from pyro_causalcell.errors import PairError
 from pyro_causalcell.evaluate import iw_nll, to_inference_data
 from pyro_causalcell.inference import Fit, Pair, build_pair, check_pair, elbo_terms, fit
-from pyro_causalcell.models import discrepancy_vae, sams_vae
+from pyro_causalcell.models import discrepancy_vae, sams_vae, weight_variant_scm
 from pyro_causalcell.predict import effects, predict
 
+ONE = {"n_latents": 3}
+TWO = {"n_invariant": 1, "n_responsive": 2}
 PAIRS = {
-    "sams-vae": ("sams-vae", {}),
-    "sams-vae, mean-field": ("sams-vae", {"mask": "bernoulli", "correlated": False}),
-    "cpa-vae": ("sams-vae", sams_vae.PRESETS["cpa-vae"]),
-    "conditional-vae": ("conditional-vae", {}),
-    "discrepancy-vae": ("discrepancy-vae", {}),
-    "sena": ("discrepancy-vae", {"gene_sets": [[0, 1, 2], [2, 3, 4, 5]]}),
+    "sams-vae": ("sams-vae", ONE),
+    "sams-vae, mean-field": ("sams-vae", ONE | {"mask": "bernoulli", "correlated": False}),
+    "cpa-vae": ("sams-vae", ONE | sams_vae.PRESETS["cpa-vae"]),
+    "conditional-vae": ("conditional-vae", ONE),
+    "discrepancy-vae": ("discrepancy-vae", ONE),
+    "sena": ("discrepancy-vae", ONE | {"gene_sets": [[0, 1, 2], [2, 3, 4, 5]]}),
+    "weight-variant-scm": ("weight-variant-scm", TWO),
+    "weight-variant-scm, paired": ("weight-variant-scm", TWO | {"alignment": "pairs"}),
+    "weight-variant-scm, no anchors": ("weight-variant-scm", TWO | weight_variant_scm.PRESETS["dag-vae"]),
+    "weight-variant-scm, dense": ("weight-variant-scm", TWO | weight_variant_scm.PRESETS["dense"]),
 }
-SIZES = {"n_latents": 3, "n_hidden": 8}
+SIZES = {"n_hidden": 8}
+LATENTS = {"z": slice(3), "z_invariant": slice(1), "z_responsive": slice(1, 3)}
+ACROSS = {"mmd", "align"}
+"""Terms that compare cells of a minibatch with each other."""
 
 
 @pytest.fixture(params=PAIRS)
@@ -36,7 +45,8 @@ def _pair(screen: Screen, named: tuple[str, dict], **settings) -> tuple[Pair, Ba
     torch.manual_seed(1)
     name, own = named
     pair = build_pair(name, None, screen.dims(), SIZES | own | settings)
-    anchors = "random" if "control" in pair.model.needs else None
+    needs = pair.model.needs | getattr(pair.guide, "needs", set())
+    anchors = "random" if "control" in needs else None
     batch = next(iter(Minibatches(screen, np.arange(0, 384, 12), 32, anchors=anchors)))
     return pair, batch
 
@@ -61,9 +71,9 @@ class _OwnNoise(Messenger):
         self.noise_nk = noise_nk
 
     def _pyro_sample(self, msg):
-        if msg["name"] == "z" and not msg["done"]:
+        if msg["name"] in LATENTS and not msg["done"]:
             fn = msg["fn"].base_dist
-            msg["value"], msg["done"] = fn.loc + fn.scale * self.noise_nk, True
+            msg["value"], msg["done"] = fn.loc + fn.scale * self.noise_nk[:, LATENTS[msg["name"]]], True
 
 
 def _rows(batch: Batch, rows: torch.Tensor) -> Batch:
@@ -75,7 +85,7 @@ def _row(field, rows):
 
 
 def test_full_batch_is_the_mean_over_minibatches(tiny_screen, named):
-    """Catches plate scaling. The discrepancy, an average over pairs of cells, has a test of its own."""
+    """Catches plate scaling. Discrepancies, averages over pairs of cells, have tests of their own."""
     pair, batch = _pair(tiny_screen, named, norm="none")
     noise_nk = torch.randn(32, 3)
 
@@ -83,7 +93,7 @@ def test_full_batch_is_the_mean_over_minibatches(tiny_screen, named):
         torch.manual_seed(0)  # for the draws of all cells, which come first
         with _OwnNoise(noise_nk[rows]):
             terms = elbo_terms(pair.model, pair.guide, _rows(batch, rows))
-        return torch.stack([term for name, term in terms.items() if name != "mmd"]).sum().detach()
+        return torch.stack([term for name, term in terms.items() if name not in ACROSS]).sum().detach()
 
     parts = torch.stack([value(rows) for rows in torch.arange(32).reshape(4, 8)])
     torch.testing.assert_close(parts.mean(), value(torch.arange(32)), rtol=1e-5, atol=1e-2)
@@ -95,7 +105,7 @@ def test_several_particles_give_a_tighter_bound(tiny_screen, named):
     for n_particles in (1, 64):
         torch.manual_seed(0)
         terms = elbo_terms(pair.model, pair.guide, batch, n_particles=n_particles)
-        bounds.append(sum(terms[name] for name in ("cells", "x", "z") if name in terms))
+        bounds.append(sum(terms[name] for name in ("cells", "x", *LATENTS) if name in terms))
     assert bounds[1] > bounds[0]
 
 
@@ -127,7 +137,7 @@ def test_a_fit_is_used_like_any_other(trained, tiny_screen):
 
 
 def test_unknown_likelihoods_are_refused(tiny_screen, named):
-    with pytest.raises(PairError, match="likelihood is one of"):
+    with pytest.raises(PairError, match="takes likelihood= one of"):
         build_pair(named[0], None, tiny_screen.dims(), {"likelihood": "zinb", **named[1]})
 
 

@@ -38,7 +38,7 @@ def site(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for entry in (*(checkout / "pyro_causalcell").iterdir(), checkout / "models", checkout / "guides"):
         (package / entry.name).symlink_to(entry)
     result = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder / "site")],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder / "site")],
         cwd=checkout,
         env=os.environ | {"LINKS": str(package.parent), "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,

@@ -7,7 +7,7 @@ import scipy.sparse as sp
 from pyro_causalcell.data import Screen, interaction_kind
 from pyro_causalcell.datasets import norman2019_subset
 from pyro_causalcell.errors import DataError
-from pyro_causalcell.simulate import combination_screen
+from pyro_causalcell.simulate import combination_screen, screen_cells
 
 KINDS = ["additive", "dominant", "saturated", "suppressed"]
 SMALL = {
@@ -125,6 +125,22 @@ def test_expected_shares_are_the_means_of_the_cells():
         expected = truth(adata)["share_cg"][c]
         assert np.linalg.norm(observed - expected) < 0.1 * np.linalg.norm(expected)
     np.testing.assert_allclose(truth(adata)["share_cg"].sum(1), 1, rtol=1e-5)
+
+
+def test_new_cells_of_a_screen_come_from_the_same_process():
+    adata = combination_screen(**SMALL | {"cells_per_condition": 400, "n_control_cells": 400})
+    rng = np.random.default_rng(0)
+    for name in rng.choice(truth(adata)["conditions"], 4, replace=False):
+        old = adata.X[(adata.obs["target"] == name).to_numpy()].toarray().astype(float)
+        new = screen_cells(adata, name, 400, seed=1).astype(float)
+        old, new = (np.log1p(1e4 * x / x.sum(1, keepdims=True)) for x in (old, new))
+        z_g = (new.mean(0) - old.mean(0)) / np.sqrt((new.var(0) + old.var(0) + 1e-9) / 400)
+        assert 0.7 < z_g.std() < 1.3 and not np.array_equal(old, new)
+    pair = "+".join(sorted(truth(adata)["targets"][[0, 5]]))
+    assert screen_cells(adata, pair, 3).shape == (3, 100)  # whether it was measured or not
+    np.testing.assert_array_equal(screen_cells(adata, pair, 3, 7), screen_cells(adata, pair, 3, 7))
+    with pytest.raises(DataError, match=r"targets of the simulation, found \['nobody'\]"):
+        screen_cells(adata, "nobody", 3)
 
 
 def test_a_cut_shows_in_single_cells():

@@ -181,3 +181,5 @@ def test_a_metric_that_a_method_lacks_is_a_dash() -> None:
 def test_unknown_study(tmp_path: Path) -> None:
     with pytest.raises(CausalCellError, match="no study 'svae'; there are .*sparse-shift"):
         run_study("svae", tmp_path)
+    with pytest.raises(CausalCellError, match=r"sparse-shift has no setting \['data'\]; it takes \['tables'"):
+        run_study("sparse-shift", tmp_path, data="norman.h5ad")
