@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.data import Minibatches, Screen
-from pyro_causalcell.errors import DataError
+from pyro_causalcell.errors import DataError, PredictionError
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.posterior import is_local, sample_sites
 from pyro_causalcell.predict import global_means
@@ -428,8 +428,16 @@ def interventional_nll(
         As :func:`iw_nll`, for the scored cells, and ``latent`` (cell, programme): their posterior means.
         ``attrs["interventional_nll"]`` is the mean over conditions of the mean over their cells.
 
+    Raises:
+        PredictionError: The model's perturbations do not shift one latent, so that there is none to fit.
+
     Source: Lopez et al., CLeaR 2023, section 4.1 and Appendix D.1, equation 18.
     """
+    if not hasattr(fit.model, "n_latents"):
+        raise PredictionError(
+            f"a new perturbation's shift of {site!r} cannot be fitted to {type(fit.model).__name__}: its "
+            "perturbations change more than one latent's mean. Use iw_nll on perturbations that were trained"
+        )
     rng = np.random.default_rng(seed)
     parts, scored, latents = [], [], []
     fit.pair.train(False)

@@ -6,6 +6,7 @@ import pytest
 
 from pyro_causalcell import simulate
 from pyro_causalcell.data import Screen
+from pyro_causalcell.errors import PredictionError
 from pyro_causalcell.evaluate import interventional_nll
 from pyro_causalcell.inference import Fit, fit
 
@@ -94,3 +95,10 @@ def test_a_learned_shift_is_worth_nats(simulated: ad.AnnData, gates: str) -> Non
         for adapt in (True, False)
     )
     assert adapted < still - 0.3
+
+
+def test_a_model_without_one_shifted_latent_is_refused(tiny_adata: ad.AnnData) -> None:
+    blocks = {"n_invariant": 2, "n_responsive": 2, "n_hidden": 8, "epochs": 1, "warm_start": 0}
+    fitted = fit("weight-variant-scm", None, Screen(tiny_adata), **blocks, progress=False, device="cpu")
+    with pytest.raises(PredictionError, match="WeightVariantSCM.*Use iw_nll"):
+        interventional_nll(fitted, _held(tiny_adata), n_particles=5)
