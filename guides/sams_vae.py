@@ -11,6 +11,7 @@ from torch.distributions import constraints
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.distributions import GatedNormal, Likelihood, StraightThroughGate
+from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets
 from pyro_causalcell.nets import Activation, Encoder, Norm
 
 __all__ = ["SAMSVAEGuide"]
@@ -29,8 +30,11 @@ class SAMSVAEGuide(PyroModule):
     draw. q(π) is the conjugate update. Correlated, the encoder of the basal state also sees Σ u m e, and e
     is left at its prior where the mask is closed, as its exact posterior is. Mean-field, neither.
 
+    With embeddings, q(m) and q(e) of a target without training cells are their priors, given what the other
+    targets say of the embeddings.
+
     Args:
-        n_genes, n_targets, n_batches: Sizes of the screen.
+        n_genes, n_targets, n_batches, target_cells, n_embedding: Sizes of the screen.
         n_latents, likelihood, mask, alpha, correlated: As in the model.
         n_hidden, n_layers, norm, dropout, activation: of the encoder.
 
@@ -42,6 +46,8 @@ class SAMSVAEGuide(PyroModule):
         n_genes: int,
         n_targets: int,
         n_batches: int = 0,
+        target_cells: tuple[float, ...] = (),
+        n_embedding: int = 0,
         *,
         n_latents: int = 10,
         likelihood: Likelihood = "nb",
@@ -62,6 +68,13 @@ class SAMSVAEGuide(PyroModule):
             self.gate_logit = PyroParam(torch.full(shape, 2.0))  # a closed start hides what there is
         self.shift_loc = PyroParam(0.1 * torch.randn(shape))
         self.shift_scale = PyroParam(torch.full(shape, 0.1), constraint=constraints.positive)
+        if n_embedding:
+            seen_p = seen_targets(n_targets, target_cells)
+            self.register_buffer("embedding_pe", torch.zeros(n_targets, n_embedding))
+            self.shift_map, self.gate_curve = (
+                EffectMapGuide("shift", seen_p),
+                GateCurveGuide("gate", n_latents, seen_p),
+            )
         self.encoder = Encoder(
             n_genes,
             n_latents,
@@ -84,14 +97,18 @@ class SAMSVAEGuide(PyroModule):
 
     def effects(self) -> Tensor:
         """Mask times shift, p, k."""
-        gate_pk = torch.ones_like(self.shift_loc)
+        loc_pk, scale_pk, gate_pk = self.shift_loc, self.shift_scale, torch.ones_like(self.shift_loc)
+        phi_pk = torch.sigmoid(self.gate_logit) if self.mask != "none" else gate_pk
+        described = hasattr(self, "embedding_pe")
+        if described:
+            loc_pk, scale_pk, expected_pk = self.shift_map(self.embedding_pe, phi_pk, loc_pk, scale_pk)
         if self.mask != "none":
-            phi_pk = torch.sigmoid(self.gate_logit)
-            if self.mask == "beta":
+            logit_pk = self.gate_curve(expected_pk**2, self.gate_logit) if described else self.gate_logit
+            if self.mask == "beta" and not described:
                 beta = dist.Beta(1 + phi_pk.sum(-1), self.alpha + (1 - phi_pk).sum(-1))
                 pyro.sample("edge_rate", beta.to_event(1))  # q(π)
-            gate_pk = pyro.sample("gate", StraightThroughGate(logits=self.gate_logit).to_event(2))  # q(m)
+            gate_pk = pyro.sample("gate", StraightThroughGate(logits=logit_pk).to_event(2))  # q(m)
         scored_pk = gate_pk if self.correlated else torch.ones_like(gate_pk)
-        slab = GatedNormal(scored_pk, self.shift_loc, self.shift_scale)
+        slab = GatedNormal(scored_pk, loc_pk, scale_pk)
         shift_pk: Tensor = pyro.sample("shift", slab.to_event(2))  # q(e | m)
         return gate_pk * shift_pk

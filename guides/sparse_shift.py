@@ -11,6 +11,7 @@ from torch.distributions import constraints
 
 from pyro_causalcell.batch import Batch, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, MeanFieldGate
+from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets
 from pyro_causalcell.nets import Activation, Encoder, Norm, with_interactions
 
 __all__ = ["SparseShiftGuide"]
@@ -32,13 +33,16 @@ class SparseShiftGuide(PyroModule):
     q(π) is the conjugate update, the best one given φ. In training the gates' draw is their probability,
     which the model integrates exactly; in evaluation mode gates are drawn.
 
+    With embeddings, q(μ) and q(γ) of a target without training cells are their priors, given what the other
+    targets say of the embeddings (``EffectMapGuide``, ``GateCurveGuide``).
+
     The cell's intervention may enter q(z): ``intervention="ignored"`` (as the authors' code),
     ``"input"`` (the design is appended to the encoder's input, as the paper's formula), or ``"prior"``
     (default: the prior mean Σ u γ μ is appended, so that the encoder also knows what to make of a shift
     learned later). During the warm start the encoder sees zeros there: axes are found from the counts.
 
     Args:
-        n_genes, n_targets, n_batches: sizes of the screen.
+        n_genes, n_targets, n_batches, target_cells, n_embedding: sizes of the screen.
         n_latents, likelihood, gates, alpha, interactions: as in the model.
         intervention: How the intervention enters q(z).
         n_hidden, n_layers, norm, dropout, activation: of the encoder.
@@ -51,6 +55,8 @@ class SparseShiftGuide(PyroModule):
         n_genes: int,
         n_targets: int,
         n_batches: int = 0,
+        target_cells: tuple[float, ...] = (),
+        n_embedding: int = 0,
         *,
         n_latents: int = 10,
         likelihood: Literal["nb", "poisson", "gaussian"] = "nb",
@@ -69,13 +75,22 @@ class SparseShiftGuide(PyroModule):
         self.n_latents, self.gates_held = n_latents, False
         self.alpha = float(n_targets if alpha is None else alpha)
         self.rotated_site = "z"
-        self.gate_sites = ("edge_rate", "gate", "min_effect") if gates == "posterior" else ()
+        described = bool(n_embedding) and gates in ("posterior", "open")
+        rate_site = "gate_curve" if described else "edge_rate"
+        self.gate_sites = (rate_site, "gate", "min_effect") if gates == "posterior" else ()
         shape = (n_targets + len(self.interactions), n_latents)
         if gates == "posterior":
             self.gate_logit = PyroParam(torch.full(shape, 2.0))
         if gates in ("posterior", "open"):
             self.shift_loc = PyroParam(0.1 * torch.randn(shape))
             self.shift_scale = PyroParam(torch.full(shape, 0.1), constraint=constraints.positive)
+        if described:
+            seen_p = seen_targets(n_targets, target_cells)
+            self.register_buffer("embedding_pe", torch.zeros(n_targets, n_embedding))
+            self.shift_map, self.gate_curve = (
+                EffectMapGuide("shift", seen_p),
+                GateCurveGuide("gate", n_latents, seen_p),
+            )
         self.encoder = Encoder(
             n_genes,
             n_latents,
@@ -111,14 +126,21 @@ class SparseShiftGuide(PyroModule):
         """q(π) q(γ) q(μ | γ), and the mean of p(z | u) that they give, shape n, k."""
         if self.gates in ("closed", "sampled"):
             return batch.u_np.new_zeros(len(batch.u_np), self.n_latents)
-        gate_pk = torch.ones_like(self.shift_loc)
+        loc_pk, scale_pk, gate_pk = self.shift_loc, self.shift_scale, torch.ones_like(self.shift_loc)
+        phi_pk = torch.sigmoid(self.gate_logit) if self.gates == "posterior" else gate_pk
+        described = hasattr(self, "embedding_pe")
+        if described:
+            loc_pk, scale_pk, expected_pk = self.shift_map(self.embedding_pe, phi_pk, loc_pk, scale_pk)
         if self.gates == "posterior":
-            phi_pk = torch.sigmoid(self.gate_logit)
-            beta = dist.Beta(1 + phi_pk, self.alpha + 1 - phi_pk)
-            pyro.sample("edge_rate", beta.to_event(2))  # q(π)
+            logit_pk = self.gate_logit
+            if described:
+                logit_pk = self.gate_curve(expected_pk**2, logit_pk)
+            else:
+                beta = dist.Beta(1 + phi_pk, self.alpha + 1 - phi_pk)
+                pyro.sample("edge_rate", beta.to_event(2))  # q(π)
             gate = MeanFieldGate if self.training else Gate  # probabilities to train on, draws to predict
-            gate_pk = pyro.sample("gate", gate(logits=self.gate_logit).to_event(2))  # q(γ)
-        slab = GatedNormal(gate_pk, self.shift_loc, self.shift_scale)
+            gate_pk = pyro.sample("gate", gate(logits=logit_pk).to_event(2))  # q(γ)
+        slab = GatedNormal(gate_pk, loc_pk, scale_pk)
         shift_pk = pyro.sample("shift", slab.to_event(2))  # q(μ | γ)
         return with_interactions(batch.u_np, self.interactions) @ (gate_pk * shift_pk)
 

@@ -10,8 +10,9 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_causalcell.batch import Batch, Rotation
+from pyro_causalcell.batch import Batch, Mechanisms, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, MeanFieldGate
+from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets, squared_size
 from pyro_causalcell.nets import Activation, Encoder, Norm
 from pyro_causalcell.penalties import alignment as align_pairs
 from pyro_causalcell.penalties import mmd_by_group, sliced_wasserstein
@@ -28,6 +29,9 @@ class WeightVariantSCMGuide(PyroModule):
         q(z_l \mid x_n) &= \mathrm{Normal}(e_l(x_n), s_l(x_n)) \\
         q(z_v \mid x_n, u_n) &= \mathrm{Normal}(e_v(x_n) + K h(u_n), s_v(x_n))
 
+    With embeddings, gates and changes of a target without training cells have their priors, given what the
+    other targets say of the embeddings.
+
     Nothing tells q(z_l) of the perturbation. Alignment charges what it finds out nevertheless:
 
     * ``"pairs"``: α ‖e_l(x) − e_l(x₀)‖² with the control cell x₀ of each cell, as in the paper. With cells
@@ -39,7 +43,7 @@ class WeightVariantSCMGuide(PyroModule):
     * ``"none"``.
 
     Args:
-        n_genes, n_targets, n_batches: sizes of the screen.
+        n_genes, n_targets, n_batches, target_cells, n_embedding: sizes of the screen.
         n_invariant, n_responsive, likelihood, gates, edges, alters, centred, rank: as in the model.
         alignment: See above.
         alpha: α, nats per cell.
@@ -55,6 +59,8 @@ class WeightVariantSCMGuide(PyroModule):
         n_genes: int,
         n_targets: int,
         n_batches: int = 0,
+        target_cells: tuple[float, ...] = (),
+        n_embedding: int = 0,
         *,
         n_invariant: int = 28,
         n_responsive: int = 7,
@@ -81,7 +87,8 @@ class WeightVariantSCMGuide(PyroModule):
         self.intervention = intervention if "shift" in alters or intervention != "prior" else "ignored"
         self.gates_held = False
         self.rotated_site = ("z_invariant", "z_responsive")
-        held = {"gate_rate", "gate", "min_effect"} if gates == "posterior" else set()
+        rate_site = "gate_curve" if n_embedding else "gate_rate"
+        held = {rate_site, "gate", "min_effect"} if gates == "posterior" else set()
         held |= {"edge", "min_weight"} if edges == "posterior" else set()
         can_turn = centred and gates == "posterior" and set(alters) == {"shift", "scale", "weight"}
         self.gate_sites = tuple(sorted(held | ({"align"} & self.aligned_sites()))) if can_turn else ()
@@ -99,6 +106,11 @@ class WeightVariantSCMGuide(PyroModule):
             scale = PyroParam(torch.full_like(start, 0.1), constraint=constraints.positive)
             setattr(self, f"{part}_loc", PyroParam(start))
             setattr(self, f"{part}_spread", scale)
+        if n_embedding:
+            seen_p = seen_targets(n_targets, target_cells)
+            self.register_buffer("embedding_pe", torch.zeros(n_targets, n_embedding))
+            self.maps = nn.ModuleDict({part: EffectMapGuide(self.site(part), seen_p) for part in self.alters})
+            self.gate_curve = GateCurveGuide("gate", n_responsive, seen_p)
         self.encoder = Encoder(
             n_genes,
             n_programmes,
@@ -139,27 +151,55 @@ class WeightVariantSCMGuide(PyroModule):
         gate_pv = batch.u_np.new_ones(self.n_targets, self.n_responsive)
         edge_vk = batch.u_np.new_ones(self.n_responsive, self.n_invariant + self.n_responsive)
         gate = MeanFieldGate if self.training else Gate  # probabilities to train on, draws to predict
+        parts, squared_pv = self.parts()
         if self.gates == "posterior":
-            phi_pv = torch.sigmoid(self.gate_logit)
-            beta = dist.Beta(1 + phi_pv, self.n_targets + 1 - phi_pv)
-            pyro.sample("gate_rate", beta.to_event(2))  # q(π), the conjugate update
-            gate_pv = pyro.sample("gate", gate(logits=self.gate_logit).to_event(2))  # q(γ)
+            logit_pv, phi_pv = self.gate_logit, torch.sigmoid(self.gate_logit)
+            if hasattr(self, "embedding_pe"):
+                logit_pv = self.gate_curve(squared_pv, logit_pv)
+            else:
+                beta = dist.Beta(1 + phi_pv, self.n_targets + 1 - phi_pv)
+                pyro.sample("gate_rate", beta.to_event(2))  # q(π), the conjugate update
+            gate_pv = pyro.sample("gate", gate(logits=logit_pv).to_event(2))  # q(γ)
         if self.edges == "posterior":
             edge_vk = pyro.sample("edge", gate(logits=self.edge_logit).to_event(2))  # q(g)
         shift_pv = torch.zeros_like(gate_pv)
         if "shift" in self.alters:
-            slab = GatedNormal(gate_pv, self.shift_loc, self.shift_spread)
+            slab = GatedNormal(gate_pv, *parts["shift"])
             shift_pv = pyro.sample("shift", slab.to_event(2))  # q(μ | γ)
         if "scale" in self.alters:
-            slab = GatedNormal(gate_pv, self.scale_loc, self.scale_spread)
+            slab = GatedNormal(gate_pv, *parts["scale"])
             pyro.sample("log_scale", slab.to_event(2))  # q(log σ | γ)
         if "weight" in self.alters and self.rank is None:
             open_pvk = gate_pv.unsqueeze(-1) * edge_vk
-            pyro.sample("weight", GatedNormal(open_pvk, self.weight_loc, self.weight_spread).to_event(3))
+            pyro.sample("weight", GatedNormal(open_pvk, *parts["weight"]).to_event(3))
         elif "weight" in self.alters:
-            pyro.sample("loading", dist.Normal(self.weight_loc, self.weight_spread).to_event(2))
+            slab = GatedNormal(torch.ones_like(self.weight_loc), *parts["weight"])
+            pyro.sample("loading", slab.to_event(2))
         moved_nv = batch.u_np @ (gate_pv * shift_pv)
         return torch.zeros_like(moved_nv) if self.gates_held else moved_nv
+
+    def parts(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+        """Means and standard deviations of the parts of changes; squared size of what is expected, p, v."""
+        own = {part: (getattr(self, f"{part}_loc"), getattr(self, f"{part}_spread")) for part in self.alters}
+        ones_pv = self.encoder.loc.weight.new_ones(self.n_targets, self.n_responsive)
+        if not hasattr(self, "embedding_pe"):
+            return own, ones_pv
+        open_pv = torch.sigmoid(self.gate_logit) if self.gates == "posterior" else ones_pv
+        opened = {"shift": open_pv, "scale": open_pv, "weight": open_pv.unsqueeze(-1)}
+        if self.edges == "posterior":
+            opened["weight"] = opened["weight"] * torch.sigmoid(self.edge_logit)
+        if self.rank is not None:
+            opened["weight"] = torch.ones_like(own["weight"][0])
+        found, locs = {}, []
+        for part, (loc, scale) in own.items():
+            *found[part], expected = self.maps[part](self.embedding_pe, opened[part], loc, scale)
+            if self.site(part) != "loading":
+                locs.append(expected)
+        return {part: (loc, scale) for part, (loc, scale) in found.items()}, squared_size(locs, ones_pv)
+
+    def site(self, part: str) -> str:
+        """Site of a part of a change."""
+        return {"shift": "shift", "scale": "log_scale", "weight": "loading" if self.rank else "weight"}[part]
 
     def align(self, loc_nl: Tensor, batch: Batch) -> None:
         """Charge differences of z_l between cells and control cells."""
@@ -188,7 +228,7 @@ class WeightVariantSCMGuide(PyroModule):
         """Take over new axes, with the mechanisms seen there."""
         self.encoder.rotate(rotation.map_kk, rotation.offset_k)
         seen = rotation.mechanisms
-        assert seen is not None
+        assert isinstance(seen, Mechanisms)
         self.gate_logit.copy_(torch.where(seen.altered_pv, 4.0, -4.0))
         if self.edges == "posterior":
             self.edge_logit.copy_(torch.where(seen.edge_vk, 4.0, -4.0))

@@ -4,11 +4,13 @@ from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
+import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, measurement, spread
+from pyro_causalcell.embeddings import expected_effects, expected_gates
 from pyro_causalcell.nets import Activation, Decoder, Norm
 
 __all__ = ["PRESETS", "SAMSVAE"]
@@ -55,8 +57,12 @@ class SAMSVAE(PyroModule):
     The site is z, whose prior is then Normal(Σ u m e, I), so that predictions carry the moved programmes.
     The basal state is its noise, which a counterfactual keeps.
 
+    Where the screen has ``embeddings``, e is centred on a linear function of them and the rate of edges
+    follows its size, in place of π and τ (see ``pyro_causalcell.embeddings``), so that a target without
+    training cells has a prediction.
+
     Args:
-        n_genes, n_targets, n_batches: Sizes of the screen.
+        n_genes, n_targets, n_batches, n_embedding: Sizes of the screen.
         n_latents: Programmes k.
         likelihood: ``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values.
         mask: Prior of the mask: ``"beta"`` learns the share of each perturbation, ``"bernoulli"`` has one
@@ -72,11 +78,15 @@ class SAMSVAE(PyroModule):
     Biology 2023.
     """
 
+    site_dims = {"shift_map": ("programme", "feature")}
+    """Names of the axes of global latents that are not over perturbation and programme, for ArviZ."""
+
     def __init__(
         self,
         n_genes: int,
         n_targets: int,
         n_batches: int = 0,
+        n_embedding: int = 0,
         *,
         n_latents: int = 10,
         likelihood: Likelihood = "nb",
@@ -95,6 +105,8 @@ class SAMSVAE(PyroModule):
         self.n_targets, self.n_latents, self.mask, self.rate = n_targets, n_latents, mask, rate
         self.alpha = float(n_latents if alpha is None else alpha)
         self.shift_scale, self.correlated = shift_scale, correlated
+        if n_embedding:
+            self.register_buffer("embedding_pe", torch.zeros(n_targets, n_embedding))
         self.decoder = Decoder(
             n_latents,
             n_genes,
@@ -120,7 +132,13 @@ class SAMSVAE(PyroModule):
     def effects(self, u_np: Tensor) -> Tensor:
         """Mask times shift, p, k."""
         gate_pk = u_np.new_ones(self.n_targets, self.n_latents)
-        if self.mask != "none":
+        loc_pk, scale = torch.zeros_like(gate_pk), gate_pk.new_tensor(self.shift_scale)
+        described = hasattr(self, "embedding_pe")
+        if described:
+            loc_pk, scale = expected_effects("shift", self.embedding_pe, (self.n_latents,), self.shift_scale)
+        if self.mask != "none" and described:
+            gate_pk = pyro.sample("gate", Gate(logits=expected_gates("gate", loc_pk**2)).to_event(2))  # p(m)
+        elif self.mask != "none":
             rate_p = u_np.new_full((self.n_targets,), self.rate)
             if self.mask == "beta":
                 beta = dist.Beta(u_np.new_ones(self.n_targets), u_np.new_full((self.n_targets,), self.alpha))
@@ -128,6 +146,6 @@ class SAMSVAE(PyroModule):
             rate_pk = rate_p.unsqueeze(-1).expand_as(gate_pk)
             gate_pk = pyro.sample("gate", Gate(rate_pk).to_event(2))  # p(m | π)
         scored_pk = gate_pk if self.correlated else gate_pk.new_ones(gate_pk.shape)
-        slab = GatedNormal(scored_pk, 0.0, self.shift_scale)
+        slab = GatedNormal(scored_pk, loc_pk, scale)
         shift_pk: Tensor = pyro.sample("shift", slab.to_event(2))  # p(e)
         return gate_pk * shift_pk

@@ -17,6 +17,7 @@ from pyro_causalcell.distributions import (
     measurement,
     spread,
 )
+from pyro_causalcell.embeddings import expected_effects, expected_gates
 from pyro_causalcell.nets import Activation, Decoder, Norm, straight_through, with_interactions
 from pyro_causalcell.penalties import beta_sparsity, edge_cost
 
@@ -82,10 +83,14 @@ class SparseShift(PyroModule):
     edges everywhere. ``min_effect`` states the smallest shift worth an edge: each open edge costs
     m·min_effect²/2 nats (at least log(1 + α) stays from the prior). Zero turns this off.
 
+    Where the screen has ``embeddings``, they say what to expect of a target (``gates="posterior"`` and
+    ``"open"``): μ is centred on a linear function of them, and the rate of edges on its size, in place of π
+    and τ (see ``pyro_causalcell.embeddings``). A target without training cells then has a prediction.
+
     To test another assumption, copy ``models/template.py`` or edit ``forward``.
 
     Args:
-        n_genes, n_targets, n_batches, target_cells: sizes of the screen (see ``Dims``).
+        n_genes, n_targets, n_batches, target_cells, n_embedding: sizes of the screen (see ``Dims``).
         n_latents: Programmes k.
         likelihood: ``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values.
         gates: Member of the family, see above.
@@ -96,9 +101,15 @@ class SparseShift(PyroModule):
         interactions: Pairs of targets that get a gated shift of their own in cells that carry both.
         n_hidden, n_layers, norm, activation: of the decoder.
 
+    Raises:
+        ValueError: Interactions together with embeddings, which describe single targets.
+
     Source: Lopez et al., CLeaR 2023, section 3.2 and Appendices A, B; the exact expectation over gates
     and the cost of an edge are this project's.
     """
+
+    site_dims = {"shift_map": ("programme", "feature")}
+    """Names of the axes of global latents that are not over perturbation and programme, for ArviZ."""
 
     def __init__(
         self,
@@ -106,6 +117,7 @@ class SparseShift(PyroModule):
         n_targets: int,
         n_batches: int = 0,
         target_cells: tuple[float, ...] = (),
+        n_embedding: int = 0,
         *,
         n_latents: int = 10,
         likelihood: Likelihood = "nb",
@@ -121,6 +133,8 @@ class SparseShift(PyroModule):
         activation: Activation = "relu",
     ):
         super().__init__()
+        if n_embedding and interactions:
+            raise ValueError("embeddings describe targets, not interactions=; use one of the two")
         self.needs = {"normalised"} if likelihood == "gaussian" else {"counts"}
         self.n_latents, self.likelihood, self.gates, self.sparsity = n_latents, likelihood, gates, sparsity
         self.shift_scale = shift_scale
@@ -130,6 +144,8 @@ class SparseShift(PyroModule):
         cells_p = torch.tensor(target_cells or [0.0] * n_targets)
         pair_cells = [float(torch.minimum(cells_p[i], cells_p[j])) for i, j in self.interactions]
         self.register_buffer("cost_p", torch.cat([cells_p, torch.tensor(pair_cells)]) * min_effect**2 / 2)
+        if n_embedding and gates in ("posterior", "open"):
+            self.register_buffer("embedding_pe", torch.zeros(n_targets, n_embedding))
         if gates == "sampled":
             self.shift = PyroParam(torch.randn(n_edges, n_latents))
             self.gate_logit = PyroParam(torch.full((n_edges, n_latents), 5.0))
@@ -172,13 +188,23 @@ class SparseShift(PyroModule):
             else:
                 edge_cost("sparsity", gate_pk, gate_pk.new_tensor([self.alpha * n_total / gate_pk.numel()]))
             return gate_pk, self.shift
-        gate_pk = u_np.new_ones(shape)
+        gate_pk, loc_pk, scale = (
+            u_np.new_ones(shape),
+            u_np.new_zeros(shape),
+            u_np.new_tensor(self.shift_scale),
+        )
+        described = hasattr(self, "embedding_pe")
+        if described:
+            loc_pk, scale = expected_effects("shift", self.embedding_pe, shape[1:], self.shift_scale)
         if self.gates == "posterior":
-            beta = dist.Beta(u_np.new_ones(shape), u_np.new_full(shape, self.alpha))
-            rate_pk = pyro.sample("edge_rate", beta.to_event(2))  # p(π)
-            gate_pk = pyro.sample("gate", Gate(rate_pk).to_event(2))  # p(γ | π)
+            if described:
+                gate = Gate(logits=expected_gates("gate", loc_pk**2))
+            else:
+                beta = dist.Beta(u_np.new_ones(shape), u_np.new_full(shape, self.alpha))
+                gate = Gate(pyro.sample("edge_rate", beta.to_event(2)))  # p(π)
+            gate_pk = pyro.sample("gate", gate.to_event(2))  # p(γ | π)
             edge_cost("min_effect", gate_pk, self.cost_p)
-        slab = GatedNormal(gate_pk, 0.0, self.shift_scale)
+        slab = GatedNormal(gate_pk, loc_pk, scale)
         return gate_pk, pyro.sample("shift", slab.to_event(2))  # p(μ | γ)
 
     def measurement(self, z_nk: Tensor, batch: Batch) -> dist.TorchDistribution:

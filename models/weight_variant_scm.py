@@ -11,12 +11,14 @@ from torch import Tensor
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, LinearSCM, measurement, spread
+from pyro_causalcell.embeddings import expected_effects, expected_gates, squared_size
 from pyro_causalcell.nets import Activation, Decoder, Norm
 from pyro_causalcell.penalties import edge_cost
 
 __all__ = ["PRESETS", "WeightVariantSCM"]
 
 Part = Literal["shift", "scale", "weight"]
+Expected = dict[str, tuple[Tensor, Tensor]]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "dag-vae": {"alignment": "none"},
@@ -77,8 +79,12 @@ class WeightVariantSCM(PyroModule):
     probabilities of gates and edges, and p(z_v | z_l) is the exact expectation over them; in evaluation they
     are drawn.
 
+    Where the screen has ``embeddings``, changes are centred on linear functions of them and the rate of gates
+    follows the size of the expected change of a mechanism, in place of π and τ (see
+    ``pyro_causalcell.embeddings``), so that a target without training cells has a prediction.
+
     Args:
-        n_genes, n_targets, n_batches, target_cells: sizes of the screen (see ``Dims``).
+        n_genes, n_targets, n_batches, target_cells, n_embedding: sizes of the screen (see ``Dims``).
         n_invariant, n_responsive: Programmes l and v.
         likelihood: ``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values.
         gates: ``"posterior"``, or ``"open"``: every perturbation may change every mechanism (dense).
@@ -106,6 +112,10 @@ class WeightVariantSCM(PyroModule):
         "edge": ("responsive", "programme"),
         "weight": ("perturbation", "responsive", "programme"),
         "loading": ("perturbation", "component"),
+        "shift_map": ("responsive", "feature"),
+        "log_scale_map": ("responsive", "feature"),
+        "weight_map": ("responsive_programme", "feature"),
+        "loading_map": ("component", "feature"),
     }
     """Names of the axes of the global latents, for ArviZ."""
 
@@ -115,6 +125,7 @@ class WeightVariantSCM(PyroModule):
         n_targets: int,
         n_batches: int = 0,
         target_cells: tuple[float, ...] = (),
+        n_embedding: int = 0,
         *,
         n_invariant: int = 28,
         n_responsive: int = 7,
@@ -156,6 +167,8 @@ class WeightVariantSCM(PyroModule):
             self.basis_rvk = PyroParam(0.1 * torch.randn(rank, n_responsive, n_programmes))
         self.free_shift_pl = PyroParam(torch.zeros(n_targets, n_invariant))
         self.free_log_scale_pl = PyroParam(torch.zeros(n_targets, n_invariant))
+        if n_embedding:
+            self.register_buffer("embedding_pe", torch.zeros(n_targets, n_embedding))
         self.decoder = Decoder(
             n_programmes,
             n_genes,
@@ -169,8 +182,9 @@ class WeightVariantSCM(PyroModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
-        gate_pv, edge_vk = self.structure()
-        changes = self.changes(gate_pv, edge_vk)
+        expected = self.expected()
+        gate_pv, edge_vk = self.structure(expected)
+        changes = self.changes(gate_pv, edge_vk, expected)
 
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             z_nl = pyro.sample("z_invariant", self.background(batch.u_np))  # p(z_l)
@@ -182,14 +196,33 @@ class WeightVariantSCM(PyroModule):
             x: Tensor = pyro.sample("x", p_x.to_event(1), obs=batch.x_ng)  # p(x | z)
             return x
 
-    def structure(self) -> tuple[Tensor, Tensor]:
+    def expected(self) -> Expected:
+        """Mean and standard deviation of the parts of a change, where it is there."""
+        parts = {
+            "shift": ("shift", (self.n_responsive,), self.shift_scale),
+            "scale": ("log_scale", (self.n_responsive,), 0.5),
+            "weight": ("weight", tuple(self.allowed_vk.shape), 1.0),
+        }
+        if self.rank is not None:
+            parts["weight"] = ("loading", (self.rank,), 1.0)
+        sites = [parts[part] for part in parts if part in self.alters]
+        if not hasattr(self, "embedding_pe"):
+            zero = self.allowed_vk.new_zeros(())
+            return {name: (zero, zero + sd) for name, _, sd in sites}
+        return {name: expected_effects(name, self.embedding_pe, shape, sd) for name, shape, sd in sites}
+
+    def structure(self, expected: Expected) -> tuple[Tensor, Tensor]:
         """Gates γ, shape p, v, and edges g, shape v, l+v."""
         edge_vk: Tensor = self.allowed_vk
         gate_pv = edge_vk.new_ones(self.n_targets, self.n_responsive)
         if self.gates == "posterior":
-            beta = dist.Beta(gate_pv, float(self.n_targets) * gate_pv)
-            rate_pv = pyro.sample("gate_rate", beta.to_event(2))  # p(π)
-            gate_pv = pyro.sample("gate", Gate(rate_pv).to_event(2))  # p(γ | π)
+            if hasattr(self, "embedding_pe"):
+                locs = [loc for name, (loc, _) in expected.items() if name != "loading"]
+                gate = Gate(logits=expected_gates("gate", squared_size(locs, gate_pv)))
+            else:
+                beta = dist.Beta(gate_pv, float(self.n_targets) * gate_pv)
+                gate = Gate(pyro.sample("gate_rate", beta.to_event(2)))  # p(π)
+            gate_pv = pyro.sample("gate", gate.to_event(2))  # p(γ | π)
             edge_cost("min_effect", gate_pv, self.cells_p * self.min_effect**2 / 2)
         if self.edges == "posterior":
             edge_vk = edge_vk * pyro.sample("edge", Gate(0.5 * torch.ones_like(edge_vk)).to_event(2))  # p(g)
@@ -197,24 +230,22 @@ class WeightVariantSCM(PyroModule):
             edge_cost("min_weight", edge_vk, changed_v * self.min_weight**2 / 2)
         return gate_pv, edge_vk
 
-    def changes(self, gate_pv: Tensor, edge_vk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def changes(self, gate_pv: Tensor, edge_vk: Tensor, expected: Expected) -> tuple[Tensor, Tensor, Tensor]:
         """Changes of means and log scales, each p, v, and of weights, p, v, l+v."""
         shift_pv = log_scale_pv = torch.zeros_like(gate_pv)
         weight_pvk = torch.zeros_like(gate_pv).unsqueeze(-1) * edge_vk
         if "shift" in self.alters:
-            shift_pv = pyro.sample(
-                "shift", GatedNormal(gate_pv, 0.0, self.shift_scale).to_event(2)
-            )  # p(μ | γ)
+            slab = GatedNormal(gate_pv, *expected["shift"])
+            shift_pv = pyro.sample("shift", slab.to_event(2))  # p(μ | γ)
         if "scale" in self.alters:
-            log_scale_pv = pyro.sample(
-                "log_scale", GatedNormal(gate_pv, 0.0, 0.5).to_event(2)
-            )  # p(log σ | γ)
+            slab = GatedNormal(gate_pv, *expected["log_scale"])
+            log_scale_pv = pyro.sample("log_scale", slab.to_event(2))  # p(log σ | γ)
         if "weight" in self.alters and self.rank is None:
-            slab = GatedNormal(gate_pv.unsqueeze(-1) * edge_vk, 0.0, 1.0)
+            slab = GatedNormal(gate_pv.unsqueeze(-1) * edge_vk, *expected["weight"])
             weight_pvk = pyro.sample("weight", slab.to_event(3))  # p(w | γ, g)
         elif "weight" in self.alters:
-            normal = dist.Normal(gate_pv.new_zeros(self.n_targets, len(self.basis_rvk)), 1.0)
-            loading_pr = pyro.sample("loading", normal.to_event(2))
+            slab = GatedNormal(gate_pv.new_ones(self.n_targets, len(self.basis_rvk)), *expected["loading"])
+            loading_pr = pyro.sample("loading", slab.to_event(2))
             weight_pvk = torch.einsum("pr,rvk->pvk", loading_pr, self.basis_rvk)
         return shift_pv, log_scale_pv, weight_pvk
 

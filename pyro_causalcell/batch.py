@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Dims", "Mechanisms", "Rotation"]
+__all__ = ["MOST_COLUMNS", "Batch", "Dims", "LaggedMechanisms", "Mechanisms", "Rotation"]
 
 
 class Batch(NamedTuple):
@@ -50,6 +50,10 @@ class Batch(NamedTuple):
         return self._replace(**moved)
 
 
+MOST_COLUMNS = 64
+"""Columns of a table of embeddings that models see; of wider ones, the leading principal components."""
+
+
 class Dims(NamedTuple):
     """Sizes of a screen, which models and guides take as plain keyword arguments.
 
@@ -60,6 +64,9 @@ class Dims(NamedTuple):
         n_batches: Columns of the one-hot batch and covariate matrix.
         target_cells: For each target, the sum of its squared design over the fitted cells: with 0/1
             designs, the number of cells it perturbs.
+        n_conditions: Conditions, control first.
+        times: Times of the snapshots, sorted; empty where the screen has none.
+        n_embedding: Columns of the targets' embeddings, as models see them; 0 where the screen has none.
     """
 
     n_cells: int
@@ -67,6 +74,9 @@ class Dims(NamedTuple):
     n_targets: int
     n_batches: int
     target_cells: tuple[float, ...]
+    n_conditions: int = 0
+    times: tuple[float, ...] = ()
+    n_embedding: int = 0
 
 
 class Mechanisms(NamedTuple):
@@ -87,6 +97,26 @@ class Mechanisms(NamedTuple):
     weight_pvk: Tensor
 
 
+class LaggedMechanisms(NamedTuple):
+    """How responsive programmes seem to evolve and what perturbations change, as a start for training.
+
+    Attributes:
+        altered_pv: Whether a perturbation shifts a programme's innovation or changes its noise.
+        shift_pv: Shift of its mean; zero where nothing is altered.
+        log_scale_pv: Change of the log of its standard deviation.
+        cut_pv: Whether the perturbation cuts the programme off its parents.
+        start_pv: Shift at the first snapshot.
+        weight_vk: Effect of a programme, invariant ones first, on a responsive one a step later.
+    """
+
+    altered_pv: Tensor
+    shift_pv: Tensor
+    log_scale_pv: Tensor
+    cut_pv: Tensor
+    start_pv: Tensor
+    weight_vk: Tensor
+
+
 class Rotation(NamedTuple):
     """New latent axes: ``z_new = z @ map_kk.T + offset_k``.
 
@@ -101,11 +131,12 @@ class Rotation(NamedTuple):
     map_kk: Tensor
     offset_k: Tensor
     shift_pk: Tensor
-    mechanisms: Mechanisms | None = None
+    mechanisms: Mechanisms | LaggedMechanisms | None = None
 
     def to(self, device: torch.device) -> "Rotation":
         """The same axes on another device."""
-        mechanisms = self.mechanisms and Mechanisms(*(t.to(device) for t in self.mechanisms))
+        seen = self.mechanisms
+        mechanisms = seen and type(seen)(*(t.to(device) for t in seen))
         return Rotation(
             self.map_kk.to(device), self.offset_k.to(device), self.shift_pk.to(device), mechanisms
         )

@@ -73,7 +73,7 @@ DEMO_EPOCHS = 60
 def simulate(
     out: Path,
     *,
-    process: Literal["sparse-shift", "latent-scm", "screen"] = "sparse-shift",
+    process: Literal["sparse-shift", "latent-scm", "temporal-scm", "screen"] = "sparse-shift",
     seed: int = 0,
     decoder_seed: int | None = None,
     n_genes: int | None = None,
@@ -98,6 +98,12 @@ def simulate(
     changes: Literal["sparse", "dense"] | None = None,
     likelihood: Literal["none", "gaussian", "nb", "poisson"] | None = None,
     noise_sd: float | None = None,
+    times: list[int] | None = None,
+    cells_per_snapshot: int | None = None,
+    missing: float | None = None,
+    graph: Literal["full", "triangular"] | None = None,
+    dynamics: Literal["linear", "nonlinear"] | None = None,
+    cut_share: float | None = None,
     n_targets: int | None = None,
     n_doubles: int | None = None,
     cells_per_condition: int | None = None,
@@ -114,7 +120,8 @@ def simulate(
     Args:
         out: File to write (h5ad): cells, and the truth beside them.
         process: "sparse-shift" (each perturbation moves a few programmes), "latent-scm" (perturbations change
-            how programmes act on each other) or "screen" (singles and doubles, each double of a known kind).
+            how programmes act on each other), "temporal-scm" (responses that unfold over time, in snapshots)
+            or "screen" (singles and doubles, each double of a known kind).
         seed: Seed of every draw; the same seed gives the same file.
         decoder_seed: Another seed for the map from programmes to genes (not for "screen").
         n_genes: Genes; 100, 500 or 5,000 if not given.
@@ -123,7 +130,8 @@ def simulate(
         n_train: Perturbations of the training set, the first ones, 80 % if not given ("sparse-shift");
             training cells, 3,000 if not given ("latent-scm").
         effect: Size of a shift, in standard deviations of a programme; 5, 2 or 2 if not given.
-        library_size: Median total count of a cell (preset "clean"; "latent-scm" with counts).
+        library_size: Median total count of a cell (preset "clean"; "latent-scm" and "temporal-scm" with
+            counts).
         library_log_sd: Spread of the log total count (the same).
         inverse_dispersion: Of negative binomial counts (preset "clean"; likelihood "nb").
         preset: "released" (if not given) is what the sVAE+ authors' code does, "paper" what they print,
@@ -142,6 +150,13 @@ def simulate(
         changes: "sparse" (if not given): a perturbation alters one or two programmes; "dense": all of them.
         likelihood: "none" (if not given), "gaussian", "nb" or "poisson".
         noise_sd: Standard deviation of the noise of likelihood "gaussian"; 0.2 if not given.
+        times: When snapshots are taken, in whole steps of the process, as a list; [1, 2, 3, 4] if not given.
+        cells_per_snapshot: Cells of each condition at each time; 150 if not given.
+        missing: Share of the snapshots of perturbed cells that are left out; 0.0 if not given.
+        graph: "full" (if not given) or "triangular": which responsive programmes may act on which, a step
+            later.
+        dynamics: "linear" (if not given), or "nonlinear": lagged effects saturate.
+        cut_share: Share of the perturbations that cut the parents of what they alter; 0.33 if not given.
         n_targets: Targets, all measured alone; 105 if not given.
         n_doubles: Pairs of targets; 131 if not given.
         cells_per_condition: Cells of each single and double; 410 if not given.
@@ -152,7 +167,7 @@ def simulate(
         library: Column of obs of that file with total counts.
         n_embedding: Length of a target's embedding; 32 if not given.
         embedding_noise: Noise of the informative embeddings; 0.2 if not given.
-        truth_draws: Draws behind each true mean; 400 if not given.
+        truth_draws: Draws behind each true mean; 400 or 1,000 if not given.
     """
     chosen = {
         name: value
@@ -166,6 +181,7 @@ def simulate(
     simulators: dict[str, Callable[..., ad.AnnData]] = {
         "sparse-shift": rooms.sparse_shift,
         "latent-scm": rooms.latent_scm,
+        "temporal-scm": rooms.temporal_scm,
         "screen": rooms.combination_screen,
     }
     run = simulators[process]
@@ -182,10 +198,12 @@ def simulate(
     control = "--control control" if "control" in targets else "--no-controls"
     said = sum(name != "control" for name in targets)
     record = adata.uns["simulation"]
-    n_latents = record["shift_pk"].shape[1] if "shift_pk" in record else record["mean_ck"].shape[1]
+    blocks = (record.get("n_invariant", 0), record.get("n_responsive", 0))
+    n_latents = record["shift_pk"].shape[1] if "shift_pk" in record else sum(blocks)
     print(f"{adata.n_obs:,} cells x {adata.n_vars} genes, {said} perturbations: {out}")
     values = "" if record.get("noise_sd") is None else " --likelihood gaussian"
-    words = f"--perturbation target {control}{values} --latents {n_latents} --out run"
+    time = " --time time" if "time" in adata.obs else ""
+    words = f"--perturbation target {control}{time}{values} --latents {n_latents} --out run"
     print(f"next: {PROGRAM} fit {out} {words}")
 
 
@@ -204,6 +222,8 @@ def fit(
     library: str | None = None,
     gene_symbols: str | None = None,
     twin: str | None = None,
+    embeddings: str | None = None,
+    unseen: list[str] | str | None = None,
     min_cells: PositiveInt = 1,
     allow_empty: bool = False,
     backed: bool = False,
@@ -258,6 +278,10 @@ def fit(
         library: Column of obs with total counts; the sum over these genes if not given.
         gene_symbols: Column of var with gene names; the index if not given.
         twin: Layer with, for each cell, a control cell of the same background, as simulations know it.
+        embeddings: Table that describes targets (CSV file: names, then numbers), so that targets without
+            training cells can be predicted; or "pca" for how each target's own gene varies over the training
+            conditions.
+        unseen: Target that no cell carries, to be predicted; repeat it for several.
         min_cells: Stop if a perturbation has fewer cells than this.
         allow_empty: Accept cells and genes without any count.
         backed: Leave the matrix on disk and read cells as needed, for files larger than memory.
@@ -315,8 +339,7 @@ def fit(
     _control(control, no_controls)
     from pyro_causalcell import inference
 
-    screen = _screen(options, min_cells)
-    split = _split(screen, validation, test, _listed(hold_out), seed)
+    screen, split = _described_screen(options)
     trained = inference.fit(
         model, guide, screen, split=split, out=out, resume=resume, progress=not quiet, **training, **chosen
     )
@@ -842,7 +865,7 @@ def study(
     """Run a study: a paper's tables, method by method, beside the paper's own numbers.
 
     Args:
-        name: The study: sparse-shift, latent-scm, norman or simulated-screen.
+        name: The study: sparse-shift, latent-scm, norman, simulated-screen or unseen-singles.
         out: Folder to write: table.csv, a page of tables, figures; a folder named as the study if not
             given. A study that was stopped goes on from there.
         data: Norman 2019, for the study of that name: an h5ad file of scPerturb or CPA, or the folder with
@@ -959,7 +982,7 @@ def _control(control: list[str] | str | None, no_controls: bool) -> list[str] | 
     return names or None
 
 
-def _screen(options: Mapping[str, Any], min_cells: int = 1) -> "Screen":
+def _screen(options: Mapping[str, Any], min_cells: int = 1, **described: Any) -> "Screen":
     """The screen that the options of a command describe."""
     from pyro_causalcell.data import Screen, read
 
@@ -967,7 +990,24 @@ def _screen(options: Mapping[str, Any], min_cells: int = 1) -> "Screen":
     settings["batch"] = _listed(options.get("batch"))
     adata = read(options["data"], options.get("backed", False))
     control = _control(options["control"], options["no_controls"])
-    return Screen(adata, options["perturbation"], control, min_cells=min_cells, **settings)
+    return Screen(adata, options["perturbation"], control, min_cells=min_cells, **settings, **described)
+
+
+def _described_screen(options: Mapping[str, Any]) -> "tuple[Screen, Split]":
+    """The screen to fit with embeddings of its targets, where there are any, and its split."""
+    from pyro_causalcell.baselines import pca_embedding, training_means
+    from pyro_causalcell.data import read_embeddings
+
+    asked, unseen, min_cells = options["embeddings"], _listed(options["unseen"]), options["min_cells"]
+    table = None if asked in (None, "pca") else read_embeddings(asked)
+    by_pca = asked == "pca"
+    screen = _screen(options, min_cells, embeddings=table, unseen=None if by_pca else unseen)
+    chosen = (options["validation"], options["test"], _listed(options["hold_out"]), options["seed"])
+    split = _split(screen, *chosen)
+    if by_pca:  # of training cells alone, so the split comes first
+        table = pca_embedding(training_means(screen, split.train), further=unseen)
+        screen = _screen(options, min_cells, embeddings=table, unseen=unseen)
+    return screen, split
 
 
 def _listed(names: list[str] | str | None) -> list[str]:
@@ -1283,13 +1323,16 @@ COMMANDS = {
         (),
         {
             "result": "out FILE.h5ad",
-            "what to simulate": "process sparse-shift|latent-scm|screen, seed N, decoder_seed N, n_genes N, "
-            "n_control_cells N, n_train N, effect X, library_size X, library_log_sd X, inverse_dispersion X",
+            "what to simulate": "process sparse-shift|latent-scm|temporal-scm|screen, seed N, "
+            "decoder_seed N, n_genes N, n_control_cells N, n_train N, effect X, library_size X, "
+            "library_log_sd X, inverse_dispersion X",
             "process sparse-shift": "preset released|paper|clean, n_latents N, n_interventions N, "
             "cells_per_intervention N, sparsity X, n_targeted_latents N",
-            "process latent-scm": "n_responsive N, n_invariant N, n_perturbations N, n_combinations N, "
-            "n_test N, cells_per_combination N, changes sparse|dense, likelihood none|gaussian|nb|poisson, "
-            "noise_sd X",
+            "processes latent-scm and temporal-scm": "n_responsive N, n_invariant N, n_perturbations N, "
+            "n_combinations N, likelihood none|gaussian|nb|poisson, noise_sd X",
+            "process latent-scm": "n_test N, cells_per_combination N, changes sparse|dense",
+            "process temporal-scm": "times [N...], cells_per_snapshot N, missing FRACTION, "
+            "graph full|triangular, dynamics linear|nonlinear, cut_share FRACTION",
             "process screen": "n_targets N, n_doubles N, cells_per_condition N, n_background N, "
             "controls FILE.h5ad, layer LAYER, library COLUMN, n_embedding N, embedding_noise X, "
             "truth_draws N",
@@ -1301,7 +1344,7 @@ COMMANDS = {
         {
             "your data": "perturbation COLUMN, control NAME, no_controls, layer LAYER, batch COLUMN, "
             "separator TEXT, time COLUMN, dose COLUMN, library COLUMN, gene_symbols COLUMN, twin LAYER, "
-            "min_cells N, allow_empty, backed",
+            "embeddings FILE.csv|pca, unseen NAME, min_cells N, allow_empty, backed",
             "cells kept out of training": "validation FRACTION, test FRACTION, hold_out NAME",
             "model": "model NAME|FILE.py:Class, guide NAME|FILE.py:Class, latents K, "
             "invariant L, responsive V, likelihood nb|poisson|gaussian, "

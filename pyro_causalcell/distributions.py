@@ -20,7 +20,9 @@ __all__ = [
     "LinearSCM",
     "MeanFieldGate",
     "NegativeBinomial",
+    "PopulationNormal",
     "StraightThroughGate",
+    "TransitionMixture",
     "UncertainMeanNormal",
     "measurement",
     "spread",
@@ -380,6 +382,143 @@ class LinearSCM(dist.TorchDistribution):
             identity_kk - self.weight_kk, pushed.unsqueeze(-1), upper=True, unitriangular=True
         )
         return solved.squeeze(-1)
+
+
+class PopulationNormal(dist.TorchDistribution):
+    """A multivariate normal with an uncertain mean: log p(z) = log Normal(z; loc, Σ) − ½ Σ_i (Σ⁻¹)_ii v_i.
+
+    That is the expectation of the logarithm over a mean with variances v, where Σ = L Lᵀ.
+
+    Args:
+        loc: Expected mean, shape (..., k).
+        scale_tril: L, shape (..., k, k).
+        slack: v, shape (..., k); without it this is a multivariate normal.
+    """
+
+    arg_constraints = {"loc": constraints.real_vector, "scale_tril": constraints.lower_cholesky}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self, loc: Tensor, scale_tril: Tensor, slack: Tensor | None = None, validate_args: bool | None = None
+    ):
+        self.loc, self.scale_tril, self.slack = loc, scale_tril, slack
+        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected mean."""
+        return self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each coordinate."""
+        return (self.scale_tril**2).sum(-1).expand(self.loc.shape)
+
+    def expand(self, batch_shape: Shape, _instance: object = None) -> "PopulationNormal":
+        """Expand loc; the rest broadcasts."""
+        loc = self.loc.expand(*batch_shape, *self.event_shape)
+        return PopulationNormal(loc, self.scale_tril, self.slack, validate_args=False)
+
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:
+        """loc + L ε."""
+        return self.from_noise(torch.randn(self._extended_shape(sample_shape), device=self.loc.device))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value)."""
+        square = (self.noise_of(value) ** 2).sum(-1) + self._slack()
+        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -math.log(2 * math.pi) * self.event_shape[0] / 2 - log_det - square / 2
+
+    def noise_of(self, value: Tensor) -> Tensor:
+        """ε of some values."""
+        left = (value - self.loc).unsqueeze(-1)
+        return torch.linalg.solve_triangular(self.scale_tril, left, upper=False).squeeze(-1)
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """The values that arise from ε."""
+        return self.loc + (self.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+
+    def _slack(self) -> Tensor | float:
+        if self.slack is None:
+            return 0.0
+        identity = torch.eye(self.event_shape[0], device=self.loc.device).expand_as(self.scale_tril)
+        root = torch.linalg.solve_triangular(self.scale_tril, identity, upper=False)
+        return ((root**2).sum(-2) * self.slack).sum(-1)
+
+
+class TransitionMixture(dist.TorchDistribution):
+    r"""A mixture of diagonal normals, one for each possible past m of a cell.
+
+    .. math:: \log p(z) = \log \sum_m w_m \exp \sum_k \left(-\tfrac12 \log 2\pi - \mathrm{E} \log s_k
+        - \tfrac12 \mathrm{E}[s_k^{-2}] \left((z_k - l_{mk})^2 + v_{mk}\right)\right)
+
+    Where mechanisms are uncertain each component's logarithm is an expectation over them: v is the variance
+    of the component's mean. As log Σ exp is convex, that is a lower bound of the expected log-probability.
+
+    Args:
+        loc_nmk: Means of the components, shape (..., m, k).
+        log_scale_nk: E log s, shape (..., k).
+        precision_nk: E[s⁻²], same shape.
+        slack_nmk: v, shape (..., m, k).
+        logits_nm: log w, up to a constant; equal weights if None.
+    """
+
+    arg_constraints = {"log_scale_nk": constraints.real_vector}
+    support = constraints.real_vector
+
+    def __init__(
+        self,
+        loc_nmk: Tensor,
+        log_scale_nk: Tensor,
+        precision_nk: Tensor,
+        slack_nmk: Tensor,
+        logits_nm: Tensor | None = None,
+        validate_args: bool | None = None,
+    ):
+        self.loc_nmk, self.log_scale_nk = loc_nmk, log_scale_nk
+        self.precision_nk, self.slack_nmk = precision_nk, slack_nmk
+        logits_nm = torch.zeros_like(loc_nmk[..., 0]) if logits_nm is None else logits_nm
+        self.log_weight_nm = logits_nm.log_softmax(-1)
+        batch_shape = torch.broadcast_shapes(self.log_weight_nm.shape[:-1], loc_nmk.shape[:-2])
+        super().__init__(batch_shape, loc_nmk.shape[-1:], validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the mixture."""
+        return (self.log_weight_nm.exp().unsqueeze(-1) * self.loc_nmk).sum(-2)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of the mixture."""
+        weight_nm1 = self.log_weight_nm.exp().unsqueeze(-1)
+        between = (weight_nm1 * (self.loc_nmk - self.mean.unsqueeze(-2)) ** 2).sum(-2)
+        return between + torch.exp(2 * self.log_scale_nk)
+
+    def expand(self, batch_shape: Shape, _instance: object = None) -> "TransitionMixture":
+        """Expand the weights; the rest broadcasts."""
+        log_weight_nm = self.log_weight_nm.expand(*batch_shape, self.log_weight_nm.shape[-1])
+        parts = (self.loc_nmk, self.log_scale_nk, self.precision_nk, self.slack_nmk)
+        return TransitionMixture(*parts, log_weight_nm, validate_args=False)
+
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
+        """A past by its weight, then its normal."""
+        shape = self._extended_shape(sample_shape)
+        past = dist.Categorical(logits=self.log_weight_nm).sample(sample_shape)
+        place = past[..., None, None].expand(*shape[:-1], 1, shape[-1])
+        loc = self.loc_nmk.expand(*shape[:-1], *self.loc_nmk.shape[-2:]).gather(-2, place).squeeze(-2)
+        return loc + self.log_scale_nk.exp() * torch.randn_like(loc)
+
+    def components(self, value: Tensor) -> Tensor:
+        """log w_m + log of the component at value, shape (..., m)."""
+        square_nmk = (value.unsqueeze(-2) - self.loc_nmk) ** 2 + self.slack_nmk
+        nats_nm = (self.precision_nk.unsqueeze(-2) * square_nmk).sum(-1) / 2
+        constant_n1 = (math.log(2 * math.pi) / 2 + self.log_scale_nk).sum(-1, keepdim=True)
+        return self.log_weight_nm - constant_n1 - nats_nm
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value), or its bound."""
+        return self.components(value).logsumexp(-1)
 
 
 def spread(likelihood: Likelihood, n_genes: int) -> tuple[Any, Any]:

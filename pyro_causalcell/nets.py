@@ -1,6 +1,7 @@
 """Networks shared by models and guides. They accept any leading dimensions (particles, cells)."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -11,8 +12,11 @@ from pyro_causalcell.distributions import StraightThroughGate
 __all__ = [
     "MLP",
     "Activation",
+    "AdditiveMaps",
     "Decoder",
     "Encoder",
+    "ImageDecoder",
+    "ImageEncoder",
     "MaskedLinear",
     "Norm",
     "straight_through",
@@ -87,6 +91,27 @@ class MaskedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs, shape (..., o)."""
         return nn.functional.linear(x, self.weight * self.mask_oi, self.bias)
+
+
+class AdditiveMaps(nn.Module):
+    """How the effect of each input on each output bends: Σ_b c_oib tanh(s_ib (x_i - d_ib)), 0 at the start.
+
+    Args:
+        n_in: Inputs i.
+        n_out: Outputs o.
+        n_bends: Bends b of each effect; 0 for none.
+    """
+
+    def __init__(self, n_in: int, n_out: int, n_bends: int = 4):
+        super().__init__()
+        self.slope_ib = nn.Parameter(torch.ones(n_in, n_bends))
+        self.place_ib = nn.Parameter(torch.linspace(-1.5, 1.5, n_bends).expand(n_in, -1).clone())
+        self.size_oib = nn.Parameter(torch.zeros(n_out, n_in, n_bends))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The effect of each input on each output, shape (..., o, i)."""
+        bent_ib = torch.tanh(self.slope_ib * (x.unsqueeze(-1) - self.place_ib))
+        return torch.einsum("...ib,oib->...oi", bent_ib, self.size_oib)
 
 
 class Encoder(nn.Module):
@@ -205,3 +230,81 @@ def straight_through(u_np: Tensor, gate_pk: Tensor, shift_pk: Tensor) -> Tensor:
     hard_mk = StraightThroughGate(gate_pk[target_m], validate_args=False).rsample()
     shift_mk = u_np[cell_m, target_m].unsqueeze(-1) * hard_mk * shift_pk[target_m]
     return torch.zeros(len(u_np), gate_pk.shape[-1], device=u_np.device).index_add(0, cell_m, shift_mk)
+
+
+class ImageEncoder(nn.Module):
+    """Images -> a diagonal normal: convolutions that halve the image until it is 4 pixels wide.
+
+    Args:
+        n_latents: Latents k.
+        size: Pixels along each side: 8, 16, 32, 64, ....
+        width: Channels at half the size; they double with each halving. A multiple of 8.
+        n_hidden: Width of the hidden layer behind the convolutions.
+        min_scale: Added to the scale, so that it cannot collapse.
+    """
+
+    def __init__(
+        self, n_latents: int, size: int = 32, *, width: int = 32, n_hidden: int = 256, min_scale: float = 1e-3
+    ):
+        super().__init__()
+        self.min_scale = min_scale
+        channels = _channels(size, width)
+        blocks = [_convolution(old, new, 2) for old, new in pairwise((3, *channels))]
+        self.convolutions = nn.Sequential(
+            *(
+                nn.Sequential(block, _convolution(new, new))
+                for block, new in zip(blocks, channels, strict=True)
+            )
+        )
+        self.hidden = nn.Sequential(nn.Linear(channels[-1] * 16, n_hidden), nn.SiLU())
+        self.loc = nn.Linear(n_hidden, n_latents)
+        self.log_scale = nn.Linear(n_hidden, n_latents)
+
+    def forward(self, x_nyxc: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and scale, each (..., k), of images (..., y, x, rgb) with values from 0 to 1."""
+        flat = x_nyxc.flatten(0, -4) if x_nyxc.dim() > 3 else x_nyxc[None]
+        hidden = self.hidden(self.convolutions(flat.movedim(-1, 1)).flatten(1))
+        hidden = hidden.reshape(*x_nyxc.shape[:-3], hidden.shape[-1])
+        return self.loc(hidden), self.log_scale(hidden).exp() + self.min_scale
+
+
+class ImageDecoder(nn.Module):
+    """Latents -> images: the mirror image of :class:`ImageEncoder`.
+
+    Args:
+        n_latents: Latents k.
+        size, width, n_hidden: as in :class:`ImageEncoder`.
+    """
+
+    def __init__(self, n_latents: int, size: int = 32, *, width: int = 32, n_hidden: int = 256):
+        super().__init__()
+        channels = _channels(size, width)[::-1]
+        self.first = (channels[0], 4, 4)
+        self.hidden = nn.Sequential(
+            nn.Linear(n_latents, n_hidden), nn.SiLU(), nn.Linear(n_hidden, channels[0] * 16), nn.SiLU()
+        )
+        self.convolutions = nn.Sequential(
+            *(
+                nn.Sequential(nn.Upsample(scale_factor=2), _convolution(old, new))
+                for old, new in pairwise((*channels, channels[-1]))
+            ),
+            nn.Conv2d(channels[-1], 3, 3, padding=1),
+        )
+
+    def forward(self, z_nk: Tensor) -> Tensor:
+        """Images (..., y, x, rgb) of any value: their sigmoid lies between 0 and 1."""
+        hidden = self.hidden(z_nk.reshape(-1, z_nk.shape[-1])).unflatten(1, self.first)
+        image: Tensor = self.convolutions(hidden).movedim(1, -1)
+        return image.reshape(*z_nk.shape[:-1], *image.shape[1:])
+
+
+def _channels(size: int, width: int) -> list[int]:
+    """Channels at every halving from ``size`` down to 4 pixels."""
+    halvings = size.bit_length() - 3
+    if halvings < 1 or 4 * 2**halvings != size or width % 8:
+        raise ValueError(f"size is 8, 16, 32, ... and width a multiple of 8, not {size} and {width}")
+    return [width * 2**i for i in range(halvings)]
+
+
+def _convolution(n_in: int, n_out: int, stride: int = 1) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1), nn.GroupNorm(8, n_out), nn.SiLU())

@@ -86,6 +86,7 @@ def mmd_by_group(
     y_mk: Tensor,
     group_m: Tensor | None = None,
     scales: tuple[float, ...] = (0.25, 1.0, 4.0),
+    pool_n: Tensor | None = None,
 ) -> Tensor:
     """Squared maximum mean discrepancy between the cells of each group, averaged over the cells of x.
 
@@ -99,6 +100,8 @@ def mmd_by_group(
         group_m: Group of each; None compares every group with all of y.
         scales: Squared bandwidths of the Gaussian kernels that are averaged, in units of the number of
             dimensions k, for coordinates of unit variance.
+        pool_n: Which group of y the group of each cell of x is compared with; the one of the same number if
+            None.
 
     Returns:
         A scalar.
@@ -110,7 +113,8 @@ def mmd_by_group(
         group_m = group_n.new_zeros(len(y_mk))
         cross_nm = x_nk.new_ones(len(x_nk), len(y_mk))
     else:
-        cross_nm = (group_n[:, None] == group_m).float()
+        pool_n = group_n if pool_n is None else pool_n
+        cross_nm = (pool_n[:, None] == group_m).float()
     own_mm = (group_m[:, None] == group_m).float().fill_diagonal_(0.0)
     within_n = _mean_where(_kernel(x_nk, x_nk, scales), own_nn)
     across_n = _mean_where(_kernel(x_nk, y_mk, scales), cross_nm)

@@ -1,5 +1,6 @@
 """Small predictors that must always be beaten, other people's predictions, and their comparison."""
 
+from pyro_causalcell.baselines.cellot import CellOT
 from pyro_causalcell.baselines.compare import (
     Comparison,
     Recipe,
@@ -11,6 +12,7 @@ from pyro_causalcell.baselines.compare import (
 from pyro_causalcell.baselines.duplicates import InterpolatedDuplicate, TechnicalDuplicate
 from pyro_causalcell.baselines.fitted import ModelPredictor, Oracle
 from pyro_causalcell.baselines.gears import GEARS
+from pyro_causalcell.baselines.lfads import LFADS
 from pyro_causalcell.baselines.means import (
     TrainingMeans,
     condition_means,
@@ -18,7 +20,7 @@ from pyro_causalcell.baselines.means import (
     log_cp10k,
     training_means,
 )
-from pyro_causalcell.baselines.outside import PredictionsFile
+from pyro_causalcell.baselines.outside import PredictionsFile, TimePredictionsFile
 from pyro_causalcell.baselines.predictors import (
     Additive,
     Baseline,
@@ -36,29 +38,66 @@ from pyro_causalcell.baselines.regressions import (
     pca_embedding,
     random_embedding,
 )
+from pyro_causalcell.baselines.renge import RENGE
+from pyro_causalcell.baselines.scnode import ScNODE
+from pyro_causalcell.baselines.temporal import (
+    AdditiveInTime,
+    DuplicateInTime,
+    LinearInTime,
+    MeanAtTime,
+    NoChange,
+    RegressionInTime,
+    Snapshots,
+    TargetFeatures,
+    TimeBaseline,
+    TimeCellPredictor,
+    TimeMatchedControl,
+    TimePredictor,
+    snapshots,
+)
+from pyro_causalcell.baselines.temporal_compare import TimeRecipe, compare_times, time_references
 
 __all__ = [
     "GEARS",
+    "LFADS",
+    "RENGE",
     "Additive",
+    "AdditiveInTime",
     "Baseline",
+    "CellOT",
     "CellPredictor",
     "Comparison",
     "ControlMean",
+    "DuplicateInTime",
     "ElasticNetOnTargets",
     "InterpolatedDuplicate",
+    "LinearInTime",
     "MatchingMean",
+    "MeanAtTime",
     "ModelPredictor",
+    "NoChange",
     "Oracle",
     "PerturbedMean",
     "PredictionsFile",
     "Predictor",
     "Recipe",
+    "RegressionInTime",
     "RidgeOnEmbeddings",
+    "ScNODE",
+    "Snapshots",
+    "TargetFeatures",
     "TechnicalDuplicate",
+    "TimeBaseline",
+    "TimeCellPredictor",
+    "TimeMatchedControl",
     "TimeMatchedMean",
+    "TimePredictionsFile",
+    "TimePredictor",
+    "TimeRecipe",
     "TrainingMeans",
     "average_conditions",
     "compare",
+    "compare_times",
     "condition_means",
     "fit_baselines",
     "halves",
@@ -67,5 +106,7 @@ __all__ = [
     "pca_embedding",
     "random_embedding",
     "score_predictors",
+    "snapshots",
+    "time_references",
     "training_means",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -60,11 +60,15 @@ __all__ = [
     "FLOOR",
     "Comparison",
     "MEASURES",
+    "OVER_TIME",
     "Recipe",
     "Space",
     "SplitKind",
     "average_conditions",
+    "check_names",
+    "check_unseen",
     "compare",
+    "components",
     "make_folds",
     "measured_truth",
     "references",
@@ -80,7 +84,9 @@ CEILINGS = (InterpolatedDuplicate.name, CEILING)
 """Methods that see held-out cells, and so are no baselines."""
 FLOOR = "perturbed mean"
 """The baseline that calibrated scores start from, if no other is named."""
-MEASURES: dict[str, Metric] = METRICS | DISTANCES | PAIRED
+OVER_TIME = {"pearson_train_de": Metric("Pearson of effects against control, training DE genes", True, 1.0)}
+"""Metrics of comparisons over time alone."""
+MEASURES: dict[str, Metric] = METRICS | OVER_TIME | DISTANCES | PAIRED
 """Every metric a comparison may hold: heading, direction, score of a perfect prediction."""
 _MANY = 20  # held-out cells a condition needs before its mean is worth predicting
 _FEWEST = 3  # perturbed training conditions that a regression needs
@@ -163,7 +169,7 @@ def compare(
                 for method in methods
             ]
             for method in own:
-                _check_unseen(method, split)
+                check_unseen(method, split)
             scores = score_predictors(screen, split.train, split.test, conditions, own, seed, n_cells)
             tables.append(scores.assign(fold=f, seed=seed))
     table = pd.concat(tables, ignore_index=True)
@@ -211,10 +217,7 @@ def score_predictors(
     if screen.time_n is not None:
         everything.append(TimeMatchedMean(screen, train, held_out))
     everything += [InterpolatedDuplicate(screen, train, duplicate), TechnicalDuplicate(screen, duplicate)]
-    names = [method.name for method in everything]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"expected one name per method, found several named {shown(twice)}; pass name=.")
+    check_names([method.name for method in everything])
     truth = measured_truth(screen, means, scored, conditions)
     space = None
     if n_cells:
@@ -232,6 +235,13 @@ def score_predictors(
     table = pd.concat(tables, ignore_index=True)
     defined = table.groupby("metric")["value"].transform("count") > 0
     return table[defined].reset_index(drop=True)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises DataError if two methods share a name."""
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise DataError(f"expected one name per method, found several named {shown(twice)}; pass name=.")
 
 
 def references(means: TrainingMeans, seed: int = 0) -> list[Baseline]:
@@ -264,8 +274,7 @@ class Space:
         seed: int,
     ):
         self.conditions, self.n_cells, self.seed = conditions, n_cells, seed
-        train_ng = draw_cells(screen, train, _PCA_CELLS, seed)
-        self.pca = PCA(min(_COMPONENTS, *train_ng.shape), random_state=seed).fit(train_ng)
+        self.pca = components(screen, train, seed)
         self.measured = _cells_of(screen, scored, conditions, n_cells, seed)
         self.truth = self._placed(self.measured)
 
@@ -276,6 +285,12 @@ class Space:
 
     def _placed(self, cells: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
         return [self.pca.transform(x_ng) for x_ng in cells]
+
+
+def components(screen: Screen, train: NDArray[np.int64], seed: int) -> PCA:
+    """The 50 principal components of training cells, of 5,000 at most, that distances are measured in."""
+    train_ng = draw_cells(screen, train, _PCA_CELLS, seed)
+    return PCA(min(_COMPONENTS, *train_ng.shape), random_state=seed).fit(train_ng)
 
 
 def _cells_of(
@@ -370,7 +385,8 @@ def _scored_conditions(screen: Screen, split: Split, min_cells: int) -> tuple[li
     return [name for name in held if name not in few], few
 
 
-def _check_unseen(method: Predictor, split: Split) -> None:
+def check_unseen(method: Any, split: Split) -> None:
+    """Raises DataError if a method says that it was trained on held-out cells (``seen_rows``)."""
     seen_rows = getattr(method, "seen_rows", None)
     if seen_rows is None:
         return

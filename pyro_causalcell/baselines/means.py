@@ -18,6 +18,7 @@ __all__ = [
     "condition_moments",
     "draw_cells",
     "expression",
+    "group_moments",
     "halves",
     "log_cp10k",
     "moments",
@@ -67,7 +68,20 @@ class Moments(NamedTuple):
 def moments(screen: Screen, rows: NDArray[np.int64]) -> Moments:
     """Moments of the cells of each of ``screen.conditions`` among ``rows``, in one pass over them."""
     rows = np.asarray(rows, dtype=np.int64)
-    group_n, n_groups = screen.condition_n[rows], len(screen.conditions)
+    return group_moments(screen, rows, screen.condition_n[rows], len(screen.conditions))
+
+
+def group_moments(
+    screen: Screen, rows: NDArray[np.int64], group_n: NDArray[np.int64], n_groups: int
+) -> Moments:
+    """Moments of groups of cells, c of them, in one pass.
+
+    Args:
+        screen: The screen.
+        rows: Cells.
+        group_n: Group of each of these cells, from 0.
+        n_groups: Number of groups.
+    """
     sum_cg = np.zeros((n_groups, screen.n_genes))
     squares_cg = np.zeros_like(sum_cg)
     for start in range(0, len(rows), _ROWS):

@@ -15,7 +15,7 @@ from pyro_causalcell.data import Screen, read
 from pyro_causalcell.data.spec import shown
 from pyro_causalcell.errors import DataError
 
-__all__ = ["PredictionsFile"]
+__all__ = ["PredictionsFile", "TimePredictionsFile"]
 
 Units = Literal["counts", "lognorm"]
 Kind = Literal["cells", "means"]
@@ -217,17 +217,100 @@ class PredictionsFile:
             )
 
 
-def _as_adata(source: str | Path | ad.AnnData | pd.DataFrame, column: str) -> ad.AnnData:
+class TimePredictionsFile:
+    """Predictions over time made elsewhere: as ``PredictionsFile``, with one more column for the time.
+
+    Args:
+        source: A file (.h5ad, .parquet or .csv), an AnnData, or a table.
+        screen: The screen that is predicted.
+        time: Column of the times, numbers in the units of the screen's.
+        name: What tables and figures call the method; the file's name if None.
+        units: As for ``PredictionsFile``.
+        kind: Whether a row is a cell or a mean. None tells by whether conditions repeat at a time.
+        column: Column of the conditions.
+
+    Attributes:
+        name: What tables and figures call the method.
+        times: Predicted times, rising.
+        cells: Where the rows are cells: draws at most ``n_cells`` of each, as ``TimeCellPredictor``.
+
+    Raises:
+        DataError: The column of times is missing or holds no numbers, or as for ``PredictionsFile``.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | ad.AnnData | pd.DataFrame,
+        screen: Screen,
+        *,
+        time: str = "time",
+        name: str | None = None,
+        units: Units | None = None,
+        kind: Kind | None = None,
+        column: str = "condition",
+    ):
+        of_file = Path(source).stem if isinstance(source, (str, Path)) else "predictions"
+        self.name = of_file if name is None else name
+        adata = _as_adata(source, column, time)
+        if time not in adata.obs:
+            raise DataError(
+                f"{self.name}: obs[{time!r}] not found; columns are {list(adata.obs.columns)}. Pass time="
+            )
+        time_n = pd.to_numeric(adata.obs[time], errors="coerce").to_numpy(dtype=np.float32)
+        if not np.isfinite(time_n).all():
+            raise DataError(
+                f"{self.name}: expected a number in {time!r} for every row, found "
+                f"{int((~np.isfinite(time_n)).sum())} others; convert them."
+            )
+        self._files = {
+            float(t): PredictionsFile(
+                adata[time_n == t],
+                screen,
+                name=f"{self.name} at {t:g}",
+                units=units,
+                kind=kind,
+                column=column,
+            )
+            for t in np.unique(time_n)
+        }
+        self.times = list(self._files)
+        if all(file.kind == "cells" for file in self._files.values()):
+            self.cells = self._draw  # distribution metrics ask for cells only where this is
+
+    def predict(self, conditions: Sequence[str], times: Sequence[float]) -> NDArray[np.float64]:
+        """Mean expression of each condition at each time, shape (c, t, g), in log1p CP10k.
+
+        Raises:
+            DataError: The file lacks some of these times, or of these conditions at a time.
+        """
+        return np.stack([file.predict(conditions) for file in self._at(times)], axis=1)
+
+    def _at(self, times: Sequence[float]) -> list[PredictionsFile]:
+        asked = np.asarray(times, dtype=np.float32).tolist()
+        missing = [time for time in asked if time not in self._files]
+        if missing:
+            raise DataError(f"{self.name} lacks the times {missing}; it has {shown(self.times)}.")
+        return [self._files[time] for time in asked]
+
+    def _draw(
+        self, conditions: Sequence[str], times: Sequence[float], n_cells: int, seed: int = 0
+    ) -> list[list[NDArray[np.float64]]]:
+        """At most ``n_cells`` predicted cells of each condition at each time."""
+        drawn = [file.cells(conditions, n_cells, seed) for file in self._at(times)]
+        return [list(of_condition) for of_condition in zip(*drawn, strict=True)]
+
+
+def _as_adata(source: str | Path | ad.AnnData | pd.DataFrame, *columns: str) -> ad.AnnData:
     if isinstance(source, ad.AnnData):
         return source
     if isinstance(source, pd.DataFrame):
-        return _of_table(source, column)
+        return _of_table(source, columns)
     path = Path(source)
     readers: dict[str, Any] = {".parquet": _read_parquet, ".csv": pd.read_csv}
     if path.suffix not in readers:
         return read(path)
     try:
-        return _of_table(readers[path.suffix](path), column)
+        return _of_table(readers[path.suffix](path), columns)
     except (OSError, ValueError) as error:  # pyarrow and pandas tell of damaged files by ValueErrors
         raise DataError(f"expected a table of predictions, cannot read {path}: {error}") from error
 
@@ -242,13 +325,15 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         ) from error
 
 
-def _of_table(table: pd.DataFrame, column: str) -> ad.AnnData:
-    if column not in table:
-        raise DataError(f"column {column!r} not found; the first columns are {shown(list(table), 5)}.")
-    values = table.drop(columns=[column, "library"], errors="ignore")
+def _of_table(table: pd.DataFrame, columns: Sequence[str]) -> ad.AnnData:
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise DataError(f"column {missing[0]!r} not found; the first columns are {shown(list(table), 5)}.")
+    labels = [*columns, "library"]
+    values = table.drop(columns=labels, errors="ignore")
     words = [name for name in values if not pd.api.types.is_numeric_dtype(values[name])]
     if words:
         raise DataError(f"expected one column of numbers per gene, found text in {shown(words)}; drop them.")
-    obs = table[[name for name in (column, "library") if name in table]]
+    obs = table[[name for name in labels if name in table]]
     obs = obs.set_axis([str(i) for i in range(len(obs))])
     return ad.AnnData(values.to_numpy(dtype=np.float64), obs, pd.DataFrame(index=values.columns.astype(str)))

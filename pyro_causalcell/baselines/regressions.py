@@ -24,26 +24,39 @@ _L1_RATIO = 0.5
 _FEWEST = 3  # conditions: with fewer there is nothing to choose a penalty by
 
 
-def pca_embedding(means: TrainingMeans, n_dimensions: int = _DIMENSIONS) -> pd.DataFrame:
+def pca_embedding(
+    means: TrainingMeans, n_dimensions: int = _DIMENSIONS, further: Sequence[str] = ()
+) -> pd.DataFrame:
     """Describe each target by how its own gene moves over the training conditions.
 
     The loadings of the target's gene in a PCA of the condition means, scaled by the singular values. A
-    target that is no gene of the screen gets zeros: a gene that moves with nothing.
+    target that is no gene of the screen gets zeros: a gene that moves with nothing. It is also a table for
+    ``Screen(embeddings=)`` that needs no knowledge but the training cells.
 
     Args:
         means: Means of the training cells.
         n_dimensions: Components at most.
+        further: Targets that no cell carries, which must be genes of the screen.
 
     Returns:
         Table with one row per target.
 
+    Raises:
+        DataError: A further target is no gene of the screen.
+
     Source: Ahlmann-Eltze, Huber and Anders, Nature Methods 2025 (linear baseline, P from the training data).
     """
+    strange = [name for name in further if name not in means.spec.genes]
+    if strange:
+        raise DataError(
+            f"expected genes of the screen, whose own expression describes them, found {shown(strange)}; "
+            "pass a table of embeddings with rows for them"
+        )
     mean_cg = np.stack(list(means.seen.values()))
     _, singular_k, loading_kg = np.linalg.svd(mean_cg - mean_cg.mean(0), full_matrices=False)
     loading_gk = (singular_k[:, None] * loading_kg).T[:, :n_dimensions]
     genes = pd.DataFrame(loading_gk, means.spec.genes)
-    return genes.reindex(means.spec.targets, fill_value=0.0)
+    return genes.reindex(sorted({*means.spec.targets, *further}), fill_value=0.0)
 
 
 def random_embedding(targets: Sequence[str], seed: int, n_dimensions: int = _DIMENSIONS) -> pd.DataFrame:

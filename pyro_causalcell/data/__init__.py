@@ -3,7 +3,7 @@
 from pyro_causalcell.data.gene_sets import gene_sets, read_gmt
 from pyro_causalcell.data.interactions import Interaction, InteractionKind, interaction, interaction_kind
 from pyro_causalcell.data.minibatches import Anchors, Minibatches
-from pyro_causalcell.data.screen import Screen, read
+from pyro_causalcell.data.screen import Screen, read, read_embeddings
 from pyro_causalcell.data.spec import ScreenSpec
 from pyro_causalcell.data.splits import (
     Split,
@@ -11,6 +11,7 @@ from pyro_causalcell.data.splits import (
     held_out_combinations,
     held_out_guides,
     held_out_perturbations,
+    held_out_times,
     random_cells,
 )
 
@@ -27,9 +28,11 @@ __all__ = [
     "held_out_combinations",
     "held_out_guides",
     "held_out_perturbations",
+    "held_out_times",
     "interaction",
     "interaction_kind",
     "random_cells",
     "read",
+    "read_embeddings",
     "read_gmt",
 ]

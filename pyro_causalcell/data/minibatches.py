@@ -1,6 +1,7 @@
 """Minibatches of a screen: resident integers where they fit, row reads where they do not."""
 
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
@@ -27,7 +28,8 @@ class Minibatches:
     epoch holds each cell once, and the sizes of its batches differ by at most one.
 
     ``anchors`` gives each cell a control cell, ``Batch.control``: ``"batch"`` draws one of the same batch
-    and covariates, ``"random"`` any, ``"twin"`` takes the cell's own from the screen's twin layer.
+    and covariates, ``"random"`` any, ``"twin"`` takes the cell's own from the screen's twin layer. Where the
+    screen has times, anchors that are drawn are of the same time.
 
     Args:
         screen: The screen.
@@ -182,16 +184,19 @@ def _pools(
             "this model compares cells with control cells, found none among the training cells; pass "
             "control= as the screen names them, or switch the comparison off (alignment='none')"
         )
-    if not same_batch:
-        return [np.arange(len(controls))], np.zeros(len(rows), dtype=np.int64)
-    kinds, kind_n = np.unique(screen.batch_nb[rows], axis=0, return_inverse=True)
-    pools = [np.flatnonzero((screen.batch_nb[controls] == kind).all(1)) for kind in kinds]
+    time_n = np.zeros(screen.n_cells, np.float32) if screen.time_n is None else screen.time_n
+    kind_nb = np.column_stack([time_n, screen.batch_nb]) if same_batch else time_n[:, None]
+    kinds, kind_n = np.unique(kind_nb[rows], axis=0, return_inverse=True)
+    pools = [np.flatnonzero((kind_nb[controls] == kind).all(1)) for kind in kinds]
     lacking = [kind for kind, pool in zip(kinds, pools, strict=True) if not len(pool)]
     if lacking:
-        named = ["/".join(np.array(screen.batch_names)[kind > 0]) for kind in lacking]
+        times = [] if screen.time_n is None else [f"time {kind[0]:g}" for kind in lacking]
+        batches = ["/".join(np.array(screen.batch_names)[kind[1:] > 0]) for kind in lacking if same_batch]
+        named = [" in ".join(filter(None, parts)) for parts in zip_longest(times, batches)]
+        wider = ", or pass anchors='random' to compare with control cells of any batch" if same_batch else ""
         raise DataError(
-            f"expected control cells in every batch, found none in {shown(named)}; leave those batches out, "
-            "or pass anchors='random' to compare with control cells of any batch"
+            f"expected control cells at every time and in every batch, found none in {shown(named)}; leave "
+            f"those cells out{wider}"
         )
     return pools, kind_n.ravel()
 

@@ -1,6 +1,7 @@
 """The screen: an AnnData and the names of its columns, checked once and never changed."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +11,18 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from pyro_causalcell.batch import Dims
+from pyro_causalcell.batch import MOST_COLUMNS, Dims
 from pyro_causalcell.data.matrix import Matrix, Scan, looks_like_counts
 from pyro_causalcell.data.spec import CONTROL, ScreenSpec, shown
 from pyro_causalcell.errors import DataError
 
-__all__ = ["Screen", "read"]
+__all__ = ["Screen", "read", "read_embeddings"]
+
+_TIME = (
+    r"^(?:(?P<before>d|days?|h|hours?|min|minutes?|w|weeks?)[ _]?)?(?P<number>\d+(?:\.\d+)?)"
+    r"(?:[ _]?(?P<after>d|days?|h|hrs?|hours?|min|minutes?|w|weeks?))?$"
+)
+"""A time as text: "D2", "day_2", "72h", "72 hours"."""
 
 
 class Screen:
@@ -31,13 +38,15 @@ class Screen:
             without control cells.
         layer: Layer that holds x; None is ``adata.X``.
         batch: obs column or columns of batches and other categorical covariates.
-        time: obs column of times (a number per cell).
+        time: obs column of times: a number per cell, or text with one unit for all, such as ``"D2"``,
+            ``"day 2"`` or ``"72h"``. A screen with times may have control cells only.
         dose: obs column of doses: a positive number per cell, or one per target joined by the separator
             in the order of the targets. It takes the place of 1 in the design.
         library: obs column of total counts; None sums x over genes.
         guide: obs column of guides, for splits by guide.
-        embeddings: Table with one row per target (index: target names), for models that take
-            descriptions of perturbations.
+        embeddings: Table with one row per target (index: target names), for models that take descriptions
+            of perturbations: they can then predict targets without training cells.
+        unseen: Further targets to predict, which no cell carries; each needs a row of ``embeddings``.
         gene_symbols: var column of gene names; None is ``adata.var_names``.
         twin: Layer that holds, for each cell, a control cell with the same background: simulations know
             it, and experiments that measure a cell twice. For models that compare cells with control.
@@ -80,6 +89,7 @@ class Screen:
         library: str | None = None,
         guide: str | None = None,
         embeddings: pd.DataFrame | None = None,
+        unseen: str | Sequence[str] | None = None,
         gene_symbols: str | None = None,
         twin: str | None = None,
         separator: str = "+",
@@ -103,7 +113,7 @@ class Screen:
             allow_empty=allow_empty,
         )
         _check_names(adata, gene_symbols)
-        spec = _learn_names(settings, adata)
+        spec = _with_unseen(_learn_names(settings, adata), _listed(unseen), embeddings)
         self._load(spec, adata, unknown="error")
         self.guide_n = None if guide is None else np.array(_text(adata, guide, "guide"), dtype=str)
         if not allow_empty:
@@ -151,7 +161,7 @@ class Screen:
         self.condition_n = np.array([index[c] if c else -1 for c in known], dtype=np.int64)[code_n]
         self._u_dp, self._design_n = _designs(spec, adata, labels, self.condition_n >= 0)
         self.batch_nb = _one_hot(spec, adata)
-        self.time_n = None if spec.time is None else _numbers(adata, spec.time, "time").astype(np.float32)
+        self.time_n = None if spec.time is None else _times(adata, spec.time)
         self._matrix = _matrix(spec, adata)
         self._scan = self._matrix.scan(adata.obs_names.to_numpy(), self.genes)
         if not spec.allow_empty:
@@ -165,6 +175,7 @@ class Screen:
             conditions=self.conditions,
             is_counts=self.is_counts,
             condition_cells=dict(zip(self.conditions, cells.tolist(), strict=True)),
+            times=spec.times or self._times(None),
         )
 
     def __repr__(self) -> str:
@@ -259,7 +270,17 @@ class Screen:
             n_targets=len(self.targets),
             n_batches=len(self.batch_names),
             target_cells=tuple(target_cells.tolist()),
+            n_conditions=len(self.conditions),
+            times=tuple(self._times(rows)),
+            n_embedding=0 if self.embedding_pe is None else min(self.embedding_pe.shape[1], MOST_COLUMNS),
         )
+
+    def _times(self, rows: np.ndarray | None) -> list[float]:
+        """Times of the snapshots of some cells."""
+        if self.time_n is None:
+            return []
+        times: list[float] = np.unique(self.time_n if rows is None else self.time_n[rows]).tolist()
+        return times
 
     def describe(self) -> ScreenSpec:
         """Settings, names and sizes, without the cells."""
@@ -338,6 +359,29 @@ def read(path: str | Path, backed: bool = False) -> ad.AnnData:
         ) from error
 
 
+def read_embeddings(path: str | Path) -> pd.DataFrame:
+    """Reads a table of embeddings: a CSV file whose first column holds target names.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: The file is missing or no such table.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"expected a CSV file of embeddings at {path}, found none; check the path")
+    try:
+        table = pd.read_csv(path, index_col=0)
+    except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
+        raise DataError(
+            f"expected a CSV file with target names in its first column and numbers in the others; {path} "
+            f"cannot be read: {error}"
+        ) from error
+    table.index = table.index.astype(str)
+    return table
+
+
 def _listed(names: str | Sequence[str] | None) -> list[str]:
     if names is None:
         return []
@@ -400,6 +444,23 @@ def _numbers(adata: ad.AnnData, name: str, argument: str) -> np.ndarray:
     return values
 
 
+def _times(adata: ad.AnnData, name: str) -> np.ndarray:
+    """An obs column of times as float32 [n]: numbers, or text with one unit for all."""
+    labels = pd.Series(_text(adata, name, "time")).str.strip()
+    if pd.to_numeric(labels, errors="coerce").notna().all():
+        return _numbers(adata, name, "time").astype(np.float32)
+    parts = labels.str.extract(_TIME, flags=re.IGNORECASE)
+    units = parts["before"].where(parts["before"].notna(), parts["after"]).str.lower().str[0]
+    bad = parts["number"].isna() | units.isna()
+    if bad.any() or units.nunique() > 1:
+        found = labels[bad].iloc[0] if bad.any() else f"{labels[units == units.iloc[0]].iloc[0]!r} and others"
+        raise DataError(
+            f"expected times in obs[{name!r}] as numbers, or as text with one unit for all such as 'D2' or "
+            f"'72h' (time=), found {found!r}; convert the column to numbers"
+        )
+    return parts["number"].astype(np.float32).to_numpy()
+
+
 def _learn_names(settings: ScreenSpec, adata: ad.AnnData) -> ScreenSpec:
     """The settings with the names found in adata, after checks that need no look at x."""
     labels = pd.Series(_text(adata, settings.perturbation, "perturbation"))
@@ -412,7 +473,7 @@ def _learn_names(settings: ScreenSpec, adata: ad.AnnData) -> ScreenSpec:
             f"the most frequent values are {shown(frequent)}. Pass control="
         )
     targets = sorted({target for label in cells.index for target in settings.split(label)})
-    if not targets:
+    if not targets and settings.time is None:
         raise DataError(
             f"no perturbed cells: every value of obs[{settings.perturbation!r}] is a spelling of control"
         )
@@ -432,6 +493,19 @@ def _learn_names(settings: ScreenSpec, adata: ad.AnnData) -> ScreenSpec:
             f"{name}={value}" for name in settings.batch for value in sorted(set(_text(adata, name, "batch")))
         ],
     )
+
+
+def _with_unseen(spec: ScreenSpec, unseen: list[str], embeddings: pd.DataFrame | None) -> ScreenSpec:
+    """The spec with targets that no cell carries."""
+    if unseen and embeddings is None:
+        raise DataError(
+            f"expected embeddings= for the unseen targets {shown(unseen)}: nothing else says what they do; "
+            "pass a table with a row for each target"
+        )
+    strange = [name for name in unseen if spec.split(name) != [name]]
+    if strange:
+        raise DataError(f"expected names of single targets in unseen=, found {shown(strange)}")
+    return dataclasses.replace(spec, targets=sorted({*spec.targets, *unseen}))
 
 
 def _known_labels(spec: ScreenSpec, labels: list[str], unknown: str) -> list[str | None]:
@@ -555,11 +629,17 @@ def _check_empty_genes(seen_g: np.ndarray, where: str) -> None:
 
 def _embedding(table: pd.DataFrame, targets: list[str]) -> np.ndarray:
     """Rows of a table in the order of targets, float32 [p, e]."""
+    twice = table.index[table.index.duplicated()].unique().tolist()
+    if twice:
+        raise DataError(f"expected one row of embeddings for each target, found several for {shown(twice)}")
+    words = [name for name, kind in table.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
+    if words or not table.shape[1]:
+        raise DataError(f"expected columns of numbers as embeddings, found {shown(words) or 'no column'}")
     missing = [target for target in targets if target not in table.index]
     if missing:
         raise DataError(
             f"expected a row of embeddings for each target, found none for {len(missing)}: {shown(missing)}; "
-            "the index must hold target names"
+            "the index must hold target names. Add those rows, or leave the targets out"
         )
     embedding_pe = np.asarray(table.loc[targets], dtype=np.float32)
     if not np.isfinite(embedding_pe).all():

@@ -45,6 +45,7 @@ class ScreenSpec:
         batch_names: ``"column=value"``: the columns of the one-hot batch matrix.
         is_counts: Whether x holds non-negative integers only.
         condition_cells: Cells of each condition.
+        times: Times of the snapshots, sorted.
     """
 
     perturbation: str
@@ -65,6 +66,7 @@ class ScreenSpec:
     batch_names: list[str] = field(default_factory=list)
     is_counts: bool = False
     condition_cells: dict[str, int] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
 
     def to_json(self) -> str:
         """The spec as a JSON object."""
@@ -77,14 +79,15 @@ class ScreenSpec:
         Raises:
             DataError: The text is not the JSON of a ScreenSpec.
         """
-        names = {f.name for f in dataclasses.fields(cls)}
+        fields = dataclasses.fields(cls)
+        names, later = {f.name for f in fields}, {"times"}  # not in the runs of the first versions
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"expected the JSON of a ScreenSpec, found text that is no JSON ({error})"
             ) from error
-        if not isinstance(values, dict) or set(values) != names:
+        if not isinstance(values, dict) or set(values) | later != names:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise DataError(f"expected a ScreenSpec with the fields {sorted(names)}, found {found}")
         return cls(**values)
@@ -144,7 +147,10 @@ class ScreenSpec:
     def _unknown(self, target: str) -> str:
         near = nearest(target, self.targets)
         known = f"did you mean {' or '.join(near)}?" if near else f"the targets are {shown(self.targets)}"
-        return f"unknown perturbation target {target!r}: {known}"
+        return (
+            f"unknown perturbation target {target!r}: {known}. To predict one that no cell carries, fit with "
+            "embeddings of the targets and name it as unseen"
+        )
 
 
 def shown(names: Sequence[object], n: int = 20) -> str:

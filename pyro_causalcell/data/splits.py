@@ -20,6 +20,7 @@ __all__ = [
     "held_out_combinations",
     "held_out_guides",
     "held_out_perturbations",
+    "held_out_times",
     "random_cells",
 ]
 
@@ -220,6 +221,34 @@ def held_out_batches(
     return _held_out(screen, "held_out_batches", test_n, held, rng, seed, validation, column=column)
 
 
+def held_out_times(
+    screen: Screen, times: float | Sequence[float], seed: int = 0, validation: float = 0.1
+) -> Split:
+    """Holds out every cell of some snapshots: those between others to interpolate, the last to extrapolate.
+
+    Args:
+        screen: A screen with ``time=``.
+        times: Times of the snapshots to hold out, in the units of that column.
+        seed: Seed.
+        validation: Fraction of the remaining cells for validation, stratified by condition.
+
+    Raises:
+        DataError: The screen has no times, a time is none of its snapshots, or nothing is left to train on.
+    """
+    if screen.time_n is None:
+        raise DataError("this split needs the time of each cell; pass time= (an obs column) to Screen")
+    known = [float(str(time)) for time in np.unique(screen.time_n)]  # 0.1 in float32 is 0.1
+    held = sorted(set(np.atleast_1d(times).tolist()))
+    unknown = [time for time in held if time not in known]
+    if unknown or not held:
+        raise DataError(
+            f"expected times of snapshots to hold out, found {unknown}; the screen has {shown(known)}"
+        )
+    test_n = np.isin(screen.time_n, np.array(held, dtype=screen.time_n.dtype))
+    rng = np.random.default_rng(seed)
+    return _held_out(screen, "held_out_times", test_n, held, rng, seed, validation)
+
+
 def _stratified(screen: Screen, rows: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     """A fraction of rows, spread evenly over conditions, leaving at least one row of each."""
     if fraction == 0:
@@ -291,7 +320,7 @@ def _held_out(
     screen: Screen,
     name: str,
     test_n: np.ndarray,
-    held: list[str],
+    held: Sequence[str] | Sequence[float],
     rng: np.random.Generator,
     seed: int,
     validation: float,
@@ -303,7 +332,7 @@ def _held_out(
     if not len(rest):
         raise DataError(f"nothing is left to train on once {shown(held)} are held out; hold out fewer")
     validation_rows = _stratified(screen, rest, validation, rng)
-    settings |= {"held_out": held, "validation": validation, "n_cells": screen.n_cells}
+    settings |= {"held_out": list(held), "validation": validation, "n_cells": screen.n_cells}
     return Split(
         name, np.setdiff1d(rest, validation_rows), validation_rows, np.flatnonzero(test_n), seed, settings
     )

@@ -40,6 +40,7 @@ from pyro_causalcell.evaluate.interpret import (
     programme_signatures,
 )
 from pyro_causalcell.evaluate.likelihood import compare_likelihoods, interventional_nll, iw_nll
+from pyro_causalcell.evaluate.over_time import effects_over_time, largest_movements, measured_trajectories
 from pyro_causalcell.evaluate.recovery import Matching, matching, recovery, reliability, top_two_graph
 from pyro_causalcell.evaluate.response import (
     DE_METRICS,
@@ -119,6 +120,7 @@ __all__ = [
     "e_distance_with_diagonal",
     "ecdf_band",
     "effect_weights",
+    "effects_over_time",
     "encoder_attributions",
     "enrichment",
     "interaction_auroc",
@@ -128,16 +130,18 @@ __all__ = [
     "interventional_nll",
     "iw_nll",
     "l2",
+    "largest_movements",
     "linear_mmd",
     "mae",
     "matching",
+    "measured_trajectories",
     "median_distance",
     "mmd",
     "numerical_rank",
-    "perturbation_auc",
     "other_genes",
     "overlap_at_n",
     "pearson_of_effects",
+    "perturbation_auc",
     "perturbation_discrimination",
     "posterior_predictive_checks",
     "precision_at_k",

@@ -6,6 +6,7 @@ programmes by genes, and :func:`enrichment` takes either.
 """
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,15 @@ from pyro_causalcell.evaluate.response import other_genes
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.posterior import is_local, sample_sites
 from pyro_causalcell.predict import global_means, graph, programme_names
-from pyro_causalcell.predict.cells import TARGET_SUM, KeepNoise, cell_trace, prior_cells, seeded
+from pyro_causalcell.predict.cells import (
+    TARGET_SUM,
+    Given,
+    asked_times,
+    cell_trace,
+    prior_cells,
+    seeded,
+    situated,
+)
 
 __all__ = [
     "classify_doubles",
@@ -53,7 +62,8 @@ def programme_signatures(fit: Fit, *, n_cells: int = 256, seed: int = 0) -> xr.D
 
     Control cells are drawn from the model, with the global latents at their posterior means. One programme at
     a time is set one standard deviation below its mean in these cells, then one above; all other programmes
-    stay as drawn. What the decoder then expects is averaged over the cells.
+    stay as drawn. What the decoder then expects is averaged over the cells. Where the model follows cells over
+    time, these are control cells of the first snapshot.
 
     A programme's sign is arbitrary in most models, so that of its whole signature is too.
 
@@ -81,6 +91,7 @@ def programme_signatures(fit: Fit, *, n_cells: int = 256, seed: int = 0) -> xr.D
         cells = prior_cells(fit, torch.zeros(n_cells, fit.dims.n_targets, device=fit.device), seed)
         median = float(np.median(fit.cells.library))
         cells = cells._replace(library_n1=torch.full_like(cells.library_n1, median))
+        cells = situated(fit, cells, CONTROL, asked_times(fit, None)[0])
         drawn = sample_sites(cell_trace(fit, cells, draw))
         measured = drawn["x"]["fn"]
         sd_g = (measured.variance.mean(0) + measured.mean.var(0)).sqrt()
@@ -196,10 +207,10 @@ class _PosteriorMean:
         self.batch = batch
         sites = sample_sites(poutine.trace(self.guide).get_trace(batch))
         names = [name for name, site in sites.items() if _is_programme(name, site)]
-        self.at_mean = {name: torch.zeros((), device=fit.device) for name in names}
+        self.at_mean = dict.fromkeys(names, attrgetter("mean"))
 
     def __call__(self, x_ng: Tensor) -> Tensor:
-        guide = KeepNoise(self.at_mean)(self.guide)
+        guide = Given(self.at_mean)(self.guide)
         trace = poutine.trace(guide).get_trace(self.batch._replace(x_ng=x_ng))
         return torch.cat([trace.nodes[name]["value"] for name in self.at_mean], -1)
 

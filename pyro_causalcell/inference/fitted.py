@@ -244,7 +244,8 @@ def _rebuild(record: Mapping[str, Any], path: Path, model: Source | None, guide:
 
 
 def _dims(record: Mapping[str, Any]) -> Dims:
-    return Dims(**{**record, "target_cells": tuple(record["target_cells"])})
+    lists: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+    return Dims(**lists)
 
 
 def _without_dims(settings: Mapping[str, Any]) -> dict[str, Any]:

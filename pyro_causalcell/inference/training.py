@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from pyro_causalcell.batch import Batch, Dims
 from pyro_causalcell.data import Anchors, Minibatches, Screen, Split, random_cells
-from pyro_causalcell.errors import CheckpointError, PairError, TrainingError
+from pyro_causalcell.embeddings import seen_targets, standardised
+from pyro_causalcell.errors import CheckpointError, DataError, PairError, TrainingError
 from pyro_causalcell.inference.elbo import SiteWeights, elbo_terms
 from pyro_causalcell.inference.engine import Engine
 from pyro_causalcell.inference.fitted import (
@@ -34,6 +35,7 @@ from pyro_causalcell.inference.fitted import (
     load_tensors,
     settings_hash,
 )
+from pyro_causalcell.inference.lagged_rotation import lagged_rotation
 from pyro_causalcell.inference.pair import Pair, Source, build_pair, check_pair
 from pyro_causalcell.inference.posterior import encode, is_local, sample_sites
 from pyro_causalcell.inference.warm_start import block_rotation, can_rotate, sparse_rotation
@@ -188,6 +190,7 @@ def fit(
         split = split or random_cells(screen, seed=seed)
         dims = screen.dims(split.train)
         pair = build_pair(model, guide, dims, settings)
+        _describe_targets(pair, dims, screen)
     _check_needs(pair.model, screen)
     training = Training(
         epochs=epochs,
@@ -491,6 +494,11 @@ class Trainer:
         u_np = torch.from_numpy(self.screen.u(self.split.train))
         if len(sites) == 1:
             turn = sparse_rotation(loc_nk, u_np, variance_k=variance_k, seed=self.seed)
+        elif "time" in getattr(self.pair.model, "needs", set()):
+            time_n = torch.from_numpy(self.screen.time_n[self.split.train])  # type: ignore[index]
+            turn = lagged_rotation(
+                loc_nk, u_np, time_n, locs[0].shape[-1], variance_k=variance_k, seed=self.seed
+            )
         else:
             turn = block_rotation(loc_nk, u_np, locs[0].shape[-1], variance_k=variance_k, seed=self.seed)
         turn = turn.to(self.device)
@@ -510,6 +518,8 @@ class Trainer:
         training = {k: v for k, v in asdict(self.training).items() if k not in ("epochs", "max_epochs")}
         chosen = {"training": training, "seed": self.seed, "settings": self._settings()}
         rows = [self.split.train.tolist(), self.split.validation.tolist(), self.screen.describe().to_json()]
+        if self.screen.embedding_pe is not None:
+            rows.append(self.screen.embedding_pe.tolist())
         return settings_hash({**chosen, "cells": rows}, self.pair, self.dims)
 
     def _settings(self) -> list[Any]:
@@ -619,6 +629,23 @@ def _taken_over(first: Fit, guide: Source | None, screen: Screen, settings: Mapp
     return replace(first.pair, model=copy.deepcopy(first.model), guide=copy.deepcopy(first.guide))
 
 
+def _describe_targets(pair: Pair, dims: Dims, screen: Screen) -> None:
+    """Give the targets' embeddings to the sides that take them."""
+    if screen.embedding_pe is None:
+        return
+    sides: list[Any] = [side for side in (pair.model, pair.guide) if hasattr(side, "embedding_pe")]
+    unseen = [t for t, n in zip(screen.targets, screen.dims().target_cells, strict=True) if not n]
+    if unseen and not sides:
+        raise PairError(
+            f"{type(pair.model).__name__} takes no embeddings with these settings, so it cannot predict the "
+            f"unseen targets {unseen}; leave out unseen=, or take another model, such as sparse-shift"
+        )
+    seen_p = seen_targets(dims.n_targets, dims.target_cells)
+    embedding_pe = standardised(torch.from_numpy(screen.embedding_pe), seen_p)
+    for side in sides:
+        side.embedding_pe = embedding_pe.clone()
+
+
 def _split_of(first: Fit, screen: Screen) -> Split:
     if first.split.train.max(initial=0) >= screen.n_cells:
         raise PairError(f"the fit's split has more cells than the screen's {screen.n_cells}; pass split=")
@@ -627,6 +654,8 @@ def _split_of(first: Fit, screen: Screen) -> Split:
 
 def _check_needs(model: nn.Module, screen: Screen) -> None:
     needs: set[str] = getattr(model, "needs", set())
+    if "time" in needs and screen.time_n is None:
+        raise DataError("this model follows cells over time; pass the column of times as time=")
     if "counts" in needs:
         screen.require_counts()
     if "normalised" in needs:

@@ -69,19 +69,21 @@ def sparse_rotation(
     centre_k, shift_pk, within_kk, is_known = _regress(z, u[:, seen_p])
     if variance_k is not None:
         within_kk = within_kk + np.diag(variance_k.double().cpu().numpy())
-    whiten_kk = _inverse_root(within_kk)
+    whiten_kk = inverse_root(within_kk)
     white_pk = shift_pk @ whiten_kk
     random = np.random.default_rng(seed).standard_normal((n_starts, z.shape[1], z.shape[1]))
     starts = [np.linalg.qr(start)[0] for start in random]
     starts += [_quartimax(white_pk, start) for start in starts]  # often one and the same, not always near
-    rotations = [_refine(white_pk, start, is_known) for start in starts]
+    rotations = [refine(white_pk, start, is_known) for start in starts]
     rotation_kk = min(rotations, key=lambda r: np.abs(_centred(white_pk @ r, is_known)).sum())
     map_kk = (whiten_kk @ rotation_kk).T
     turned_pk = white_pk @ rotation_kk
     rotated_pk = np.zeros((u.shape[1], z.shape[1]))  # targets that no cell carries stay at zero
     rotated_pk[seen_p] = _centred(turned_pk, is_known)
     centre_k = map_kk @ centre_k + (turned_pk - rotated_pk[seen_p])[0]
-    return Rotation(_tensor(map_kk), _tensor(-centre_k), _tensor(rotated_pk)).to(z_nk.device)
+    return Rotation(single_precision(map_kk), single_precision(-centre_k), single_precision(rotated_pk)).to(
+        z_nk.device
+    )
 
 
 def block_rotation(
@@ -113,7 +115,7 @@ def block_rotation(
     condition_n = condition_n.ravel()
     origin_n = condition_n == 0 if not designs[0].any() else np.ones(len(z), bool)  # control, if there is any
     centre_k = z[origin_n].mean(0)
-    whiten_kk = _inverse_root(np.cov(z[origin_n].T) + extra_kk)
+    whiten_kk = inverse_root(np.cov(z[origin_n].T) + extra_kk)
     white = (z - centre_k) @ whiten_kk
     extra_kk = whiten_kk @ extra_kk @ whiten_kk
     means, excesses, sizes = [], [], []
@@ -123,7 +125,7 @@ def block_rotation(
             means.append(cells.mean(0))
             excesses.append(np.cov(cells.T) + extra_kk - np.eye(len(extra_kk)))
             sizes.append(len(cells))
-    blocks_kk = _unchanged_first(np.array(means), np.array(excesses), np.array(sizes), n_invariant)
+    blocks_kk = unchanged_first(np.array(means), np.array(excesses), np.array(sizes), n_invariant)
     map_kk = (whiten_kk @ blocks_kk).T
     turned = white @ blocks_kk
     turned_ckk = np.einsum("ki,ckl,lj->cij", blocks_kk, np.array(excesses), blocks_kk) + np.eye(len(map_kk))
@@ -140,12 +142,14 @@ def block_rotation(
     shift_pk = np.zeros((u.shape[1], len(map_kk)))
     shift_pk[:, n_invariant:] = mechanisms[2]
     altered_pv, edge_vk, *changes = mechanisms
-    seen = Mechanisms(torch.as_tensor(altered_pv), torch.as_tensor(edge_vk), *map(_tensor, changes))
-    turn = Rotation(_tensor(map_kk), _tensor(-map_kk @ centre_k), _tensor(shift_pk), seen)
+    seen = Mechanisms(torch.as_tensor(altered_pv), torch.as_tensor(edge_vk), *map(single_precision, changes))
+    turn = Rotation(
+        single_precision(map_kk), single_precision(-map_kk @ centre_k), single_precision(shift_pk), seen
+    )
     return turn.to(z_nk.device)
 
 
-def _unchanged_first(
+def unchanged_first(
     mean_ck: np.ndarray, excess_ckk: np.ndarray, size_c: np.ndarray, n_invariant: int, n_steps: int = 30
 ) -> np.ndarray:
     """Orthogonal axes of which the first few have the same joint law in all conditions.
@@ -244,7 +248,7 @@ def _mechanisms(z: np.ndarray, u: np.ndarray, n_invariant: int) -> tuple[np.ndar
     altered_pv = gain_pv > np.maximum(ALTERED_ABOVE * most_p1, LEAST_GAIN)
     for p, v in zip(*altered_pv.nonzero(), strict=True):
         strength_vk[v] += fits[p, v][1] ** 2 * n_cells_p[p]
-    order_v = _parents_last(strength_vk[:, n_invariant:])
+    order_v = parents_last(strength_vk[:, n_invariant:])
     place_k = np.r_[np.arange(n_invariant), n_invariant + order_v]
     shift_pv, log_scale_pv = np.zeros((n_p, n_v)), np.zeros((n_p, n_v))
     weight_pvk = np.zeros((n_p, n_v, z.shape[1]))
@@ -269,7 +273,7 @@ def _regressed(cells: np.ndarray, column: int) -> tuple[float, np.ndarray, float
     return float(residual.mean()), weight_k, float(residual.std() + 1e-3)
 
 
-def _parents_last(strength_vv: np.ndarray) -> np.ndarray:
+def parents_last(strength_vv: np.ndarray) -> np.ndarray:
     """An order in which little of the strength of [., parent] -> [programme, .] points backwards."""
     left, order = list(range(len(strength_vv))), []
     while left:
@@ -279,11 +283,11 @@ def _parents_last(strength_vv: np.ndarray) -> np.ndarray:
     return np.array(order[::-1])
 
 
-def _tensor(values: np.ndarray) -> Tensor:
+def single_precision(values: np.ndarray) -> Tensor:
     return torch.as_tensor(values, dtype=torch.float32)
 
 
-def _inverse_root(covariance_kk: np.ndarray) -> np.ndarray:
+def inverse_root(covariance_kk: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(covariance_kk)
     root_kk: np.ndarray = vectors / np.sqrt(np.maximum(values, 1e-8 * values.max())) @ vectors.T
     return root_kk
@@ -324,7 +328,7 @@ def _centred(y: np.ndarray, is_known: bool) -> np.ndarray:
     return y if is_known else y - np.median(y, 0)
 
 
-def _refine(m: np.ndarray, rotation: np.ndarray, is_known: bool, n_steps: int = 100) -> np.ndarray:
+def refine(m: np.ndarray, rotation: np.ndarray, is_known: bool, n_steps: int = 100) -> np.ndarray:
     """Minimise Σ √(y² + ε²) over rotations by majorisation; each step is an SVD. ε shrinks."""
     for epsilon in (1.0, 0.5, 0.2):
         for _ in range(n_steps):

@@ -7,19 +7,24 @@ from pyro_causalcell.predict.globals import (
     global_draws,
     global_means,
     graph,
+    lagged_graph,
     mechanism_graph,
     programme_names,
 )
+from pyro_causalcell.predict.trajectories import cell_trajectories, trajectories
 
 __all__ = [
+    "cell_trajectories",
     "edge_names",
     "effects",
     "global_draws",
     "global_means",
     "graph",
+    "lagged_graph",
     "latents",
     "mechanism_graph",
     "predict",
     "programme_names",
     "replicate",
+    "trajectories",
 ]

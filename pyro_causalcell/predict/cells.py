@@ -1,7 +1,9 @@
 """Cells nobody measured: posterior predictive and counterfactual cells, as AnnData."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import anndata as ad
@@ -18,9 +20,19 @@ from pyro_causalcell.data import Minibatches, Screen
 from pyro_causalcell.errors import PredictionError
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.posterior import encode, is_local, sample_sites
-from pyro_causalcell.predict.globals import global_draws, global_means, programme_names, stub_batch
+from pyro_causalcell.predict.globals import design, global_draws, global_means, programme_names, stub_batch
 
-__all__ = ["cell_latents", "cell_trace", "latents", "predict", "prior_cells", "replicate", "seeded"]
+__all__ = [
+    "asked_times",
+    "cell_latents",
+    "cell_trace",
+    "latents",
+    "predict",
+    "prior_cells",
+    "replicate",
+    "seeded",
+    "situated",
+]
 
 Units = Literal["counts", "lognorm"]
 MAX_DRAWS = 50
@@ -35,11 +47,15 @@ def predict(
     n_cells: int = 500,
     *,
     basal: Screen | None = None,
+    times: Sequence[float] | None = None,
     units: Units | None = None,
     library: float | None = None,
     seed: int = 0,
 ) -> ad.AnnData:
     """Draw cells under any known perturbation, or any combination of known ones.
+
+    Known are also targets without training cells, where the fit has embeddings of them (``Screen(embeddings=,
+    unseen=)``); without embeddings a warning says that they are predicted by the prior.
 
     Cells are spread over draws of the global latents (gates and shifts), so together they carry what
     the posterior does not know. From the prior, latents are drawn afresh. From ``basal`` cells, each
@@ -47,12 +63,16 @@ def predict(
     perturbation is exchanged (action), and the measurement is drawn again (prediction). All conditions
     then show the same cells with the same noise.
 
+    A model that follows cells over time predicts any later time. ``basal`` cells, control cells usually, then
+    set out at their own time and evolve under the perturbation from there, each with innovations of its own.
+
     Args:
         fit: The fit.
         conditions: Names such as ``"A"``, ``"A+B"`` or ``"control"``.
         n_cells: Cells for each condition.
         basal: Cells to start from, drawn with replacement; control cells usually. They also give library
             sizes and batches.
+        times: Times to predict, for models that follow cells over time; None is every snapshot of the fit.
         units: ``"counts"``, or ``"lognorm"``: log(1 + counts per 10,000). A model of normalised values
             predicts in the units of its training data, and takes neither.
         library: Total counts of the predicted cells; None keeps those of ``basal``, or draws from the
@@ -60,25 +80,26 @@ def predict(
         seed: Seed of the draws.
 
     Returns:
-        AnnData of cells × genes with ``obs["condition"]``, ``obs["library"]``; ``obs["basal_cell"]`` where
-        cells were chosen; ``obsm["X_causalcell"]`` with their latents; units and settings in
-        ``uns["causalcell"]``.
+        AnnData of cells × genes with ``obs["condition"]``, ``obs["library"]``; ``obs["time"]`` where times
+        matter; ``obs["basal_cell"]`` where cells were chosen; ``obsm["X_causalcell"]`` with their latents;
+        units and settings in ``uns["causalcell"]``.
 
     Raises:
-        PredictionError: No cells or conditions were asked for, or units do not fit the likelihood.
+        PredictionError: No cells or conditions were asked for, units do not fit the likelihood, or times do
+            not fit the model or lie before the basal cells.
         DataError: A target is unknown; the nearest names are listed.
     """
     if n_cells < 1 or not conditions:
         raise PredictionError(f"expected conditions and n_cells of at least 1, found {conditions}, {n_cells}")
     given = _units(fit, units)
     names = [fit.screen.canonical(c) for c in conditions]
-    u_cp = torch.from_numpy(fit.screen.design(names))
+    u_cp = design(fit, names)
     rng = np.random.default_rng(seed)
     rows = None if basal is None else rng.integers(basal.n_cells, size=n_cells)
     noise_seed = int(rng.integers(2**31))
     blocks = []
     with seeded(fit, seed):
-        for name, u_p in zip(names, u_cp, strict=True):
+        for (name, u_p), time in product(zip(names, u_cp, strict=True), asked_times(fit, times)):
             u_np = u_p.expand(n_cells, -1).to(fit.device)
             cells, factual = None, None
             if basal is None or rows is None:
@@ -90,6 +111,7 @@ def predict(
                 batch = factual._replace(u_np=u_np)
             if library is not None:
                 batch = batch._replace(library_n1=torch.full_like(batch.library_n1, library))
+            batch = situated(fit, batch, name, time)
             blocks.append(_draw_condition(fit, name, batch, cells, factual, noise_seed))
     x_ng = np.concatenate([b["x"] for b in blocks])
     obs = pd.concat([b["obs"] for b in blocks], ignore_index=True)
@@ -108,6 +130,34 @@ def predict(
         "predicted": True,
     }
     return result
+
+
+def asked_times(fit: Fit, times: Sequence[float] | None) -> list[float | None]:
+    """Times to predict; ``[None]`` for models without time.
+
+    Raises:
+        PredictionError: Times were given for such a model, or are none.
+    """
+    if "time" not in getattr(fit.model, "needs", set()):
+        if times is not None:
+            raise PredictionError(
+                f"this model does not follow cells over time; leave out times= (found {times})"
+            )
+        return [None]
+    asked: list[float | None] = [float(time) for time in (fit.dims.times if times is None else times)]
+    if not asked or not np.isfinite(np.array(asked, dtype=float)).all():
+        raise PredictionError(f"expected numbers as times, found {times}; the snapshots are {fit.dims.times}")
+    return asked
+
+
+def situated(fit: Fit, batch: Batch, condition: str, time: float | None) -> Batch:
+    """The same cells in a condition (its canonical name) and at a time."""
+    known = fit.screen.conditions
+    index = known.index(condition) if condition in known else -1
+    return batch._replace(
+        condition_n=torch.full_like(batch.condition_n, index),
+        time_n=None if time is None else torch.full_like(batch.library_n1.squeeze(-1), time),
+    )
 
 
 def _units(fit: Fit, units: Units | None) -> str:
@@ -138,6 +188,8 @@ def _draw_condition(
         x_ng.append(trace.nodes["x"]["value"])
         z_nk.append(cell_latents(trace))
     obs = pd.DataFrame({"condition": [name] * n, "library": batch.library_n1.squeeze(-1).cpu().numpy()})
+    if batch.time_n is not None:
+        obs["time"] = batch.time_n.cpu().numpy()
     if cells is not None:
         obs["basal_cell"] = cells
     return {"x": torch.cat(x_ng).cpu().numpy(), "z": torch.cat(z_nk).cpu().numpy(), "obs": obs}
@@ -155,26 +207,44 @@ def cell_trace(
         factual: The cells as they were measured; their noise is kept. None draws latents from the prior.
     """
     model = poutine.condition(fit.model, data=dict(draw))
-    if factual is not None:
-        model = KeepNoise(_noise(fit, factual, draw))(model)
+    if factual is not None and batch.time_n is not None:
+        model = Given(_evolved(fit, batch, draw, factual))(model)
+    elif factual is not None:
+        kept = _noise(fit, factual, draw).items()
+        model = Given({name: partial(_from_noise, noise=noise) for name, noise in kept})(model)
     return poutine.trace(model).get_trace(batch._replace(x_ng=None))
 
 
-class KeepNoise(Messenger):
-    """Give each cell's latents the noise found in its measured state.
+def _evolved(fit: Fit, batch: Batch, draw: Mapping[str, Tensor], factual: Batch) -> dict[str, Tensor]:
+    """Programmes of measured cells when they have evolved to the batch's perturbations and times."""
+    if factual.time_n is None or batch.time_n is None or bool((factual.time_n > batch.time_n).any()):
+        raise PredictionError(
+            "expected times after those of the basal cells (opened with the fit's column of times); choose "
+            "basal cells of an earlier snapshot"
+        )
+    guide_trace = poutine.trace(poutine.condition(fit.guide, data=dict(draw))).get_trace(factual)
+    start = {site["name"]: site["value"] for site in _latent_sites(guide_trace)}
+    rolled = poutine.condition(fit.model.roll_out, data=dict(draw))
+    z_nk = rolled(torch.cat(list(start.values()), -1), batch, factual.time_n)
+    parts = z_nk.split([value.shape[-1] for value in start.values()], -1)
+    return dict(zip(start, parts, strict=True))
+
+
+class Given(Messenger):
+    """Give latents their values, as draws: what depends on them is drawn, and they count as latents.
 
     Args:
-        noise: Site name -> standardised noise.
+        values: Site name -> value, or what makes it of the site's distribution.
     """
 
-    def __init__(self, noise: Mapping[str, Tensor]):
+    def __init__(self, values: Mapping[str, Tensor | Callable[[Any], Tensor]]):
         super().__init__()
-        self.noise = noise
+        self.values = values
 
     def _pyro_sample(self, msg: Any) -> None:
-        noise = self.noise.get(msg["name"])
-        if noise is not None and not msg["is_observed"]:
-            msg["value"] = _from_noise(msg["fn"], noise)
+        value = self.values.get(msg["name"])
+        if value is not None and not msg["is_observed"]:
+            msg["value"] = value if isinstance(value, Tensor) else value(msg["fn"])
             msg["done"] = True
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.errors import PredictionError
 from pyro_causalcell.inference import Fit
-from pyro_causalcell.predict.cells import cell_latents, cell_trace, prior_cells, seeded
-from pyro_causalcell.predict.globals import global_draws, programme_names
+from pyro_causalcell.predict.cells import asked_times, cell_latents, cell_trace, prior_cells, seeded, situated
+from pyro_causalcell.predict.globals import design, global_draws, programme_names
 
 __all__ = ["effects"]
 
@@ -23,6 +23,7 @@ def effects(
     n_samples: int = 100,
     n_cells: int = 128,
     interval: float = 0.9,
+    time: float | None = None,
     seed: int = 0,
 ) -> xr.Dataset:
     """Effect of each perturbation against control, as posterior mean and interval.
@@ -36,6 +37,8 @@ def effects(
         n_samples: Draws of the global latents.
         n_cells: Simulated cells for each draw.
         interval: Mass of the equal-tailed intervals.
+        time: Time at which effects are seen, for models that follow cells over time; None is the last
+            snapshot.
         seed: Seed of the draws.
 
     Returns:
@@ -52,7 +55,8 @@ def effects(
         raise PredictionError("expected n_samples and n_cells of at least 1, and interval between 0 and 1")
     perturbed = [c for c in fit.screen.conditions if not fit.screen.is_control(c)]
     names = [fit.screen.canonical(c) for c in conditions] if conditions else perturbed
-    u_cp = torch.from_numpy(fit.screen.design(["control", *names])).to(fit.device)
+    u_cp = design(fit, ["control", *names]).to(fit.device)
+    at = asked_times(fit, None if time is None else [time])[-1]
     draws = global_draws(fit, n_samples, seed)
     gene_scg, programme_sck = [], []
     with seeded(fit, seed):
@@ -60,7 +64,10 @@ def effects(
         for s in range(n_samples):
             draw = {site: values[s] for site, values in draws.items()}
             means = [
-                _condition_mean(fit, cells._replace(u_np=u.expand(n_cells, -1)), draw, seed + s) for u in u_cp
+                _condition_mean(
+                    fit, situated(fit, cells._replace(u_np=u.expand(n_cells, -1)), name, at), draw, seed + s
+                )
+                for name, u in zip(["control", *names], u_cp, strict=True)
             ]
             x_cg = torch.stack([x for x, _ in means])
             z_ck = torch.stack([z for _, z in means])

@@ -1,5 +1,7 @@
 """What a fit believes about its global latents: means, draws, the graph."""
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,14 +14,36 @@ from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.posterior import encode, global_sites
 
 __all__ = [
+    "design",
     "edge_names",
     "global_draws",
     "global_means",
     "graph",
+    "lagged_graph",
     "mechanism_graph",
     "programme_names",
     "stub_batch",
 ]
+
+
+def design(fit: Fit, conditions: Sequence[str]) -> Tensor:
+    """The design of conditions that are to be predicted, shape c, p.
+
+    Warns of targets without training cells that nothing describes: what a fit says of them is its prior.
+
+    Raises:
+        DataError: A target is unknown.
+    """
+    u_cp = torch.from_numpy(fit.screen.design(conditions))
+    cells_p = torch.tensor(fit.dims.target_cells)
+    blank = [fit.screen.targets[p] for p in (u_cp.any(0) & (cells_p == 0)).nonzero().flatten().tolist()]
+    if blank and not hasattr(fit.guide, "embedding_pe"):
+        warnings.warn(
+            f"no training cell carries {', '.join(blank)}, and the fit has no embeddings of targets: what it "
+            "predicts there is its prior. Fit with embeddings=",
+            stacklevel=3,
+        )
+    return u_cp
 
 
 def stub_batch(fit: Fit, u_np: Tensor, library: float = 1.0, batch_nb: Tensor | None = None) -> Batch:
@@ -75,7 +99,9 @@ def graph(fit: Fit) -> pd.DataFrame:
     Returns:
         One row per edge: ``perturbation``, ``programme``, ``probability`` that the edge is there,
         ``effect`` (posterior mean of the shift where it is, in standard deviations of a control
-        programme) and ``effect_sd``. Programmes that no perturbation may act on have no rows.
+        programme) and ``effect_sd``. Models in which a perturbation may cut a programme off its parents add
+        ``cut``, the probability that it does; their shift is that of one step. Programmes that no
+        perturbation may act on have no rows.
 
     Raises:
         PredictionError: The model has no ``shift``: with closed gates perturbations have no effect.
@@ -95,6 +121,8 @@ def graph(fit: Fit) -> pd.DataFrame:
     targets, programmes = edge_names(fit, len(effect_pk)), programme_names(fit)[-effect_pk.shape[1] :]
     rows = pd.MultiIndex.from_product([targets, programmes], names=["perturbation", "programme"])
     columns = {"probability": probability_pk, "effect": effect_pk, "effect_sd": sd_pk}
+    if "cut" in sites:
+        columns["cut"] = sites["cut"].mean
     values = {name: value.detach().cpu().numpy().ravel() for name, value in columns.items()}
     return pd.DataFrame(values, index=rows).reset_index()
 
@@ -109,29 +137,48 @@ def mechanism_graph(fit: Fit) -> pd.DataFrame:
         of the parent) and ``weight_sd``.
 
     Raises:
-        PredictionError: The model has no free weights of edges (no global latent ``weight``).
+        PredictionError: The model has no free weights of edges under each perturbation.
     """
+    return _weights(fit, by_perturbation=True)
+
+
+def lagged_graph(fit: Fit) -> pd.DataFrame:
+    """Which programmes act on which a step later, for models that follow cells over time.
+
+    Returns:
+        One row per possible edge: ``parent``, ``programme``, ``probability`` that the edge is there,
+        ``weight`` (posterior mean of its slope at zero, in standard deviations of control programmes) and
+        ``weight_sd``.
+
+    Raises:
+        PredictionError: The model has no lagged edges.
+    """
+    return _weights(fit, by_perturbation=False)
+
+
+def _weights(fit: Fit, by_perturbation: bool) -> pd.DataFrame:
+    """Possible edges of a model with a global latent ``weight``, of each perturbation or of all."""
     sites, model = _global_distributions(fit), fit.model
-    if "weight" not in sites or not hasattr(model, "allowed_vk"):
-        raise PredictionError(
-            "this model has no free weights between programmes (no global latent 'weight' and no "
-            "'allowed_vk'), so there is no graph of them"
-        )
-    weight_pvk, sd_pvk = sites["weight"].mean, sites["weight"].variance.sqrt()
-    probability_pvk = torch.ones_like(weight_pvk)
-    if "gate" in sites:
-        probability_pvk = probability_pvk * sites["gate"].mean.unsqueeze(-1)
+    weight = sites["weight"].mean if "weight" in sites and hasattr(model, "allowed_vk") else None
+    if weight is None or weight.dim() != 2 + by_perturbation:
+        kinds = {True: "weights between programmes under each perturbation", False: "lagged weights"}
+        raise PredictionError(f"this model has no {kinds[by_perturbation]}, so there is no graph of them")
+    sd, probability = sites["weight"].variance.sqrt(), torch.ones_like(weight)
+    if by_perturbation and "gate" in sites:
+        probability = probability * sites["gate"].mean.unsqueeze(-1)
     if "edge" in sites:
-        probability_pvk = probability_pvk * sites["edge"].mean
-    names, n_v = programme_names(fit), weight_pvk.shape[1]
-    rows = pd.MultiIndex.from_product(
-        [edge_names(fit, len(weight_pvk)), names[-n_v:], names], names=["perturbation", "programme", "parent"]
-    )
-    columns = {"probability": probability_pvk, "weight": weight_pvk, "weight_sd": sd_pvk}
+        own_vk = getattr(model, "own_vk", torch.zeros_like(sites["edge"].mean))
+        probability = probability * (sites["edge"].mean * (1 - own_vk) + own_vk)
+    names, n_v = programme_names(fit), weight.shape[-2]
+    axes = {"programme": names[-n_v:], "parent": names}
+    if by_perturbation:
+        axes = {"perturbation": edge_names(fit, len(weight)), **axes}
+    columns = {"probability": probability, "weight": weight, "weight_sd": sd}
     values = {name: value.detach().cpu().numpy().ravel() for name, value in columns.items()}
-    possible = torch.as_tensor(model.allowed_vk).bool().expand_as(weight_pvk).cpu().numpy().ravel()
+    possible = torch.as_tensor(model.allowed_vk).bool().expand_as(weight).cpu().numpy().ravel()
+    rows = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
     table = pd.DataFrame(values, index=rows)[possible].reset_index()
-    return table[["perturbation", "parent", "programme", *columns]]
+    return table[[*list(axes)[:-2], "parent", "programme", *columns]]
 
 
 def edge_names(fit: Fit, n_edges: int) -> list[str]:

@@ -1,9 +1,10 @@
 """What the simulators share: the random decoder, streams of random numbers, and the record of the truth."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from itertools import combinations, pairwise
+from typing import Any, Literal
 
 import anndata
 import numpy as np
@@ -18,14 +19,23 @@ __all__ = [
     "HIDDEN",
     "SLOPE",
     "Decoder",
+    "Noise",
     "as_tensor",
     "check_at_least",
+    "check_pairs",
+    "condition_names",
+    "designs",
     "expected_counts",
     "log_library",
+    "noise_settings",
     "numbered",
+    "observe",
     "random_weights",
     "raw_logits",
+    "scaled_decoder",
+    "signed",
     "simulation_record",
+    "sparse_targets",
     "stream",
     "true_latents",
 ]
@@ -34,10 +44,19 @@ CONTROL = "control"
 HIDDEN = 40
 SLOPE = 0.2
 
+Noise = Literal["none", "gaussian", "nb", "poisson"]
+_NOISE_DEFAULTS: dict[str, dict[str, float]] = {
+    "none": {},
+    "gaussian": {"noise_sd": 0.2},
+    "poisson": {"library_size": 2000.0, "library_log_sd": 0.4},
+    "nb": {"library_size": 2000.0, "library_log_sd": 0.4, "inverse_dispersion": 5.0},
+}
+_MANY_TARGETS_SHARE = 0.5  # perturbations beyond the first few that alter two programmes
+
 # One random stream per purpose, so that a changed setting leaves the other draws alone. Append only.
 _STREAMS = (
     *("decoder", "graph", "shift", "latent", "library", "count", "control", "out_of_domain"),
-    *("combination", "twin", "genes", "embedding", "truth"),
+    *("combination", "twin", "genes", "embedding", "truth", "missing"),
 )
 
 
@@ -71,7 +90,7 @@ class Decoder:
         Raises:
             DataError: if the data were not made by a simulator with such a decoder, or genes were removed.
         """
-        record = simulation_record(adata, "sparse_shift", "latent_scm")
+        record = simulation_record(adata, "sparse_shift", "latent_scm", "temporal_scm")
         hidden = [as_tensor(record["decoder"][f"hidden_{i}"]) for i in range(3)]
         offset = as_tensor(adata.var["log_offset"].to_numpy()) if "log_offset" in adata.var else None
         dispersion, noise_sd = record.get("inverse_dispersion"), record.get("noise_sd")
@@ -147,7 +166,7 @@ def expected_counts(adata: anndata.AnnData, rows: NDArray[Any] | None = None) ->
     """The true expected counts of simulated cells given their true latents.
 
     Args:
-        adata: result of ``sparse_shift``, ``out_of_domain`` or ``latent_scm``.
+        adata: result of ``sparse_shift``, ``out_of_domain``, ``latent_scm`` or ``temporal_scm``.
         rows: cell numbers or a boolean mask; all cells if None.
 
     Returns:
@@ -217,3 +236,93 @@ def check_at_least(name: str, value: float, least: float) -> None:
     """Refuses a setting below its least value."""
     if value < least:
         raise DataError(f"expected {name} of at least {least}, found {value}. Pass a larger {name}.")
+
+
+def signed(
+    rng: np.random.Generator, sizes: tuple[float, float], shape: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """Numbers of a size in the range, with a random sign."""
+    return rng.uniform(*sizes, shape) * rng.choice([-1.0, 1.0], shape)
+
+
+def sparse_targets(rng: np.random.Generator, n_perturbations: int, n_responsive: int) -> NDArray[np.bool_]:
+    """One or two programmes for each perturbation, one for each of the first few, [p, v]."""
+    altered_pv = np.zeros((n_perturbations, n_responsive), dtype=bool)
+    for p, altered_v in enumerate(altered_pv):
+        altered_v[p % n_responsive] = True
+        if p >= n_responsive and rng.random() < _MANY_TARGETS_SHARE:
+            altered_v[rng.integers(n_responsive)] = True
+    return altered_pv
+
+
+def designs(rng: np.random.Generator, n_perturbations: int, n_combinations: int) -> NDArray[np.bool_]:
+    """Control, the perturbations, and random pairs of them, [conditions, perturbations]."""
+    pairs = list(combinations(range(n_perturbations), 2))
+    design_cp = np.zeros((1 + n_perturbations + n_combinations, n_perturbations), dtype=bool)
+    design_cp[1 : n_perturbations + 1] = np.eye(n_perturbations, dtype=bool)
+    for row_p, i in zip(
+        design_cp[n_perturbations + 1 :], sorted(rng.permutation(len(pairs))[:n_combinations]), strict=True
+    ):
+        row_p[list(pairs[i])] = True
+    return design_cp
+
+
+def condition_names(perturbations: list[str], design_cp: NDArray[np.bool_]) -> list[str]:
+    """control, or the perturbations of a condition joined by "+"."""
+    return ["+".join(perturbations[p] for p in np.flatnonzero(row)) or CONTROL for row in design_cp]
+
+
+def noise_settings(likelihood: str, given: dict[str, float | None]) -> dict[str, float]:
+    """The settings of a likelihood, its defaults where none is given."""
+    if likelihood not in _NOISE_DEFAULTS:
+        raise DataError(
+            f"expected a likelihood of {list(_NOISE_DEFAULTS)}, found {likelihood!r}. Pass one of these."
+        )
+    settings = dict(_NOISE_DEFAULTS[likelihood])
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name not in settings:
+            able = [key for key, names in _NOISE_DEFAULTS.items() if name in names]
+            raise DataError(
+                f"expected {name} only with a likelihood that has it, found likelihood={likelihood!r}. "
+                f"Leave it out, or use one of {able}."
+            )
+        if value < 0 or (value == 0 and name != "library_log_sd"):
+            raise DataError(f"expected {name} to be positive, found {value}. Pass a positive number.")
+        settings[name] = float(value)
+    return settings if likelihood != "none" else {"noise_sd": 0.0}
+
+
+def scaled_decoder(
+    weights: tuple[Any, ...], z_nk: NDArray[np.float64], n_genes: int, noise: dict[str, float]
+) -> Decoder:
+    """The decoder that the settings of a likelihood ask for, its logits scaled on these cells."""
+    scale = float(raw_logits(weights, as_tensor(z_nk)).std())
+    offset_g = None if "library_size" in noise else as_tensor(np.zeros(n_genes))
+    return Decoder(weights, scale, offset_g, noise.get("inverse_dispersion"), noise.get("noise_sd"))
+
+
+def observe(
+    decoder: Decoder, z_nk: NDArray[np.float64], noise: Mapping[str, float], seed: int, *part: int
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Observations of cells, and their log library (zeros where they are no counts)."""
+    log_library_n = np.zeros(len(z_nk))
+    if "library_size" in noise:
+        spread_n = stream(seed, "library", *part).standard_normal(len(z_nk))
+        log_library_n = math.log(noise["library_size"]) + noise["library_log_sd"] * spread_n
+    output_ng = decoder.output(as_tensor(z_nk), as_tensor(log_library_n))
+    rng = stream(seed, "count", *part)
+    if decoder.noise_sd is None:
+        return decoder.counts(output_ng, rng), log_library_n
+    return output_ng.numpy() + decoder.noise_sd * rng.standard_normal(output_ng.shape), log_library_n
+
+
+def check_pairs(n_combinations: int, n_perturbations: int) -> None:
+    """Refuses more combinations than there are pairs of perturbations."""
+    pairs = math.comb(n_perturbations, 2)
+    if not 0 <= n_combinations <= pairs:
+        raise DataError(
+            f"expected n_combinations between 0 and {pairs}, the pairs of {n_perturbations} perturbations, "
+            f"found {n_combinations}. Pass a number in this range."
+        )

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, Literal, NamedTuple, get_args
 
 import anndata
@@ -13,33 +12,30 @@ from numpy.typing import NDArray
 
 from pyro_causalcell.errors import DataError
 from pyro_causalcell.simulate.decoder import (
-    CONTROL,
-    Decoder,
-    as_tensor,
+    Noise,
     check_at_least,
+    check_pairs,
+    condition_names,
+    designs,
+    noise_settings,
     numbered,
+    observe,
     random_weights,
-    raw_logits,
+    scaled_decoder,
+    signed,
     simulation_record,
+    sparse_targets,
     stream,
 )
 
-__all__ = ["Changes", "Mechanisms", "Noise", "latent_scm", "rotated_scm"]
+__all__ = ["Changes", "Mechanisms", "latent_scm", "rotated_scm"]
 
 Changes = Literal["sparse", "dense"]
-Noise = Literal["none", "gaussian", "nb", "poisson"]
 Floats = NDArray[np.float64]
 
 _WEIGHTS = (0.4, 1.0)  # sizes of an edge: away from zero, so that an edge can be found
 _LOG_VARIANCES = (math.log(0.5), math.log(2.0))
 _EDGE_SHARE = 0.5
-_MANY_TARGETS_SHARE = 0.5  # perturbations beyond the first few that alter two programmes
-_DEFAULTS: dict[str, dict[str, float]] = {
-    "none": {},
-    "gaussian": {"noise_sd": 0.2},
-    "poisson": {"library_size": 2000.0, "library_log_sd": 0.4},
-    "nb": {"library_size": 2000.0, "library_log_sd": 0.4, "inverse_dispersion": 5.0},
-}
 
 
 @dataclass(frozen=True)
@@ -192,7 +188,7 @@ def latent_scm(
         "library_log_sd": library_log_sd,
         "inverse_dispersion": inverse_dispersion,
     }
-    noise = _noise_settings(likelihood, given)
+    noise = noise_settings(likelihood, given)
     if changes not in get_args(Changes):
         raise DataError(
             f"expected changes of {list(get_args(Changes))}, found {changes!r}. Pass one of these."
@@ -200,9 +196,11 @@ def latent_scm(
 
     perturbations = numbered("perturbation", n_perturbations)
     graph_vk = _draw_graph(stream(seed, "graph"), n_responsive, n_invariant, changes)
-    altered_pv = _draw_targets(stream(seed, "graph", 1), n_perturbations, n_responsive, changes)
+    altered_pv = np.ones((n_perturbations, n_responsive), dtype=bool)
+    if changes == "sparse":
+        altered_pv = sparse_targets(stream(seed, "graph", 1), n_perturbations, n_responsive)
     singles = _draw_mechanisms(stream(seed, "shift"), graph_vk, altered_pv, effect)
-    design_cp = _designs(stream(seed, "combination"), n_perturbations, n_combinations)
+    design_cp = designs(stream(seed, "combination"), n_perturbations, n_combinations)
     mechanisms = singles.combined(design_cp)
 
     measured = n_perturbations + 1
@@ -217,9 +215,9 @@ def latent_scm(
     ]
     decoder_seed = seed if decoder_seed is None else decoder_seed
     weights = random_weights(stream(decoder_seed, "decoder"), n_invariant + n_responsive, n_genes)
-    decoder = _decoder(weights, drawn[0].z_nk, n_genes, noise)
-    cells = [_observe(decoder, z.z_nk, noise, seed, 0, part) for part, z in enumerate(drawn)]
-    twins = [_observe(decoder, z.twin_nk, noise, seed, 1, part)[0] for part, z in enumerate(drawn)]
+    decoder = scaled_decoder(weights, drawn[0].z_nk, n_genes, noise)
+    cells = [observe(decoder, z.z_nk, noise, seed, 0, part) for part, z in enumerate(drawn)]
+    twins = [observe(decoder, z.twin_nk, noise, seed, 1, part)[0] for part, z in enumerate(drawn)]
 
     record = {
         "simulated": True,
@@ -239,7 +237,7 @@ def latent_scm(
         "decoder_seed": decoder_seed,
         **noise,
         "perturbations": np.array(perturbations, dtype=object),
-        "conditions": np.array(_condition_names(perturbations, design_cp), dtype=object),
+        "conditions": np.array(condition_names(perturbations, design_cp), dtype=object),
         "design_cp": design_cp,
         "graph_vv": graph_vk[:, n_invariant:],
         "graph_vl": graph_vk[:, :n_invariant],
@@ -362,19 +360,6 @@ def _draw_graph(
     return on_vk
 
 
-def _draw_targets(
-    rng: np.random.Generator, n_perturbations: int, n_responsive: int, changes: Changes
-) -> NDArray[np.bool_]:
-    """Programmes each perturbation alters, [perturbations, responsive]."""
-    altered_pv = np.full((n_perturbations, n_responsive), changes == "dense")
-    if changes == "sparse":
-        for p, altered_v in enumerate(altered_pv):
-            altered_v[p % n_responsive] = True
-            if p >= n_responsive and rng.random() < _MANY_TARGETS_SHARE:
-                altered_v[rng.integers(n_responsive)] = True
-    return altered_pv
-
-
 def _draw_mechanisms(
     rng: np.random.Generator, graph_vk: NDArray[np.bool_], altered_pv: NDArray[np.bool_], effect: float
 ) -> Mechanisms:
@@ -383,34 +368,14 @@ def _draw_mechanisms(
     n_l = k - n_v
     weight_ckk = np.zeros((n_p + 1, k, k))
     background_ll = np.triu(rng.random((n_l, n_l)) < _EDGE_SHARE, 1)
-    weight_ckk[:, :n_l, :n_l] = background_ll * _signed(rng, _WEIGHTS, (n_l, n_l))
-    weight_pvk = graph_vk * _signed(rng, _WEIGHTS, (n_p, n_v, k))
+    weight_ckk[:, :n_l, :n_l] = background_ll * signed(rng, _WEIGHTS, (n_l, n_l))
+    weight_pvk = graph_vk * signed(rng, _WEIGHTS, (n_p, n_v, k))
     weight_ckk[1:, n_l:] = np.where(altered_pv[..., None], weight_pvk, 0)
     mean_ck, variance_ck = np.zeros((n_p + 1, k)), np.ones((n_p + 1, k))
-    mean_ck[1:, n_l:] = np.where(altered_pv, _signed(rng, (effect / 2, effect), altered_pv.shape), 0)
+    mean_ck[1:, n_l:] = np.where(altered_pv, signed(rng, (effect / 2, effect), altered_pv.shape), 0)
     log_variance_pv = rng.uniform(*_LOG_VARIANCES, altered_pv.shape)
     variance_ck[1:, n_l:] = np.exp(np.where(altered_pv, log_variance_pv, 0))
     return Mechanisms(weight_ckk, mean_ck, variance_ck)
-
-
-def _signed(rng: np.random.Generator, sizes: tuple[float, float], shape: tuple[int, ...]) -> Floats:
-    return rng.uniform(*sizes, shape) * rng.choice([-1.0, 1.0], shape)
-
-
-def _designs(rng: np.random.Generator, n_perturbations: int, n_combinations: int) -> NDArray[np.bool_]:
-    """Control, the perturbations, and random pairs of them, [conditions, perturbations]."""
-    pairs = list(combinations(range(n_perturbations), 2))
-    design_cp = np.zeros((1 + n_perturbations + n_combinations, n_perturbations), dtype=bool)
-    design_cp[1 : n_perturbations + 1] = np.eye(n_perturbations, dtype=bool)
-    for row_p, i in zip(
-        design_cp[n_perturbations + 1 :], sorted(rng.permutation(len(pairs))[:n_combinations]), strict=True
-    ):
-        row_p[list(pairs[i])] = True
-    return design_cp
-
-
-def _condition_names(perturbations: list[str], design_cp: NDArray[np.bool_]) -> list[str]:
-    return ["+".join(perturbations[p] for p in np.flatnonzero(row)) or CONTROL for row in design_cp]
 
 
 def _evenly(n_cells: int, n_conditions: int) -> NDArray[np.int64]:
@@ -425,48 +390,6 @@ def _truth(mechanisms: Mechanisms, n_invariant: int, n_perturbations: int) -> di
         "variance_ck": mechanisms.variance_ck,
         "altered_pv": mechanisms.altered()[1 : n_perturbations + 1, n_invariant:],
     }
-
-
-def _decoder(weights: tuple[Any, ...], z_nk: Floats, n_genes: int, noise: dict[str, float]) -> Decoder:
-    scale = float(raw_logits(weights, as_tensor(z_nk)).std())
-    offset_g = None if "library_size" in noise else as_tensor(np.zeros(n_genes))
-    return Decoder(weights, scale, offset_g, noise.get("inverse_dispersion"), noise.get("noise_sd"))
-
-
-def _observe(
-    decoder: Decoder, z_nk: Floats, noise: dict[str, float], seed: int, twin: int, part: int
-) -> tuple[NDArray[Any], Floats]:
-    """Observations of cells, and their log library (zeros where they are no counts)."""
-    log_library_n = np.zeros(len(z_nk))
-    if "library_size" in noise:
-        spread_n = stream(seed, "library", twin, part).standard_normal(len(z_nk))
-        log_library_n = math.log(noise["library_size"]) + noise["library_log_sd"] * spread_n
-    output_ng = decoder.output(as_tensor(z_nk), as_tensor(log_library_n))
-    rng = stream(seed, "count", twin, part)
-    if decoder.noise_sd is None:
-        return decoder.counts(output_ng, rng), log_library_n
-    return output_ng.numpy() + decoder.noise_sd * rng.standard_normal(output_ng.shape), log_library_n
-
-
-def _noise_settings(likelihood: str, given: dict[str, float | None]) -> dict[str, float]:
-    """The settings of a likelihood, its defaults where none is given."""
-    if likelihood not in _DEFAULTS:
-        raise DataError(
-            f"expected a likelihood of {list(_DEFAULTS)}, found {likelihood!r}. Pass one of these."
-        )
-    settings = dict(_DEFAULTS[likelihood])
-    for name, value in given.items():
-        if value is None:
-            continue
-        if name not in settings:
-            raise DataError(
-                f"expected {name} only with a likelihood that has it, found likelihood={likelihood!r}. "
-                f"Leave it out, or use one of {[key for key in _DEFAULTS if name in _DEFAULTS[key]]}."
-            )
-        if value < 0 or (value == 0 and name != "library_log_sd"):
-            raise DataError(f"expected {name} to be positive, found {value}. Pass a positive number.")
-        settings[name] = float(value)
-    return settings if likelihood != "none" else {"noise_sd": 0.0}
 
 
 def _check_sizes(
@@ -484,9 +407,4 @@ def _check_sizes(
     check_at_least("n_train", n_train, n_perturbations + 1)
     check_at_least("n_test", n_test, 0)
     check_at_least("effect", effect, 0)
-    pairs = math.comb(n_perturbations, 2)
-    if not 0 <= n_combinations <= pairs:
-        raise DataError(
-            f"expected n_combinations between 0 and {pairs}, the pairs of {n_perturbations} perturbations, "
-            f"found {n_combinations}. Pass a number in this range."
-        )
+    check_pairs(n_combinations, n_perturbations)

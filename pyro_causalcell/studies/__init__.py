@@ -16,6 +16,9 @@ STUDIES = {
     "latent-scm": "pyro_causalcell.studies.latent_scm:run",
     "norman": "pyro_causalcell.studies.combinations:run_norman",
     "simulated-screen": "pyro_causalcell.studies.combinations:run_simulated",
+    "joining": "pyro_causalcell.studies.joining:run",
+    "unseen-singles": "pyro_causalcell.studies.unseen_singles:run",
+    "temporal-scm": "pyro_causalcell.studies.temporal:run",
 }
 """Name of a study -> the function that runs it."""
 

@@ -404,7 +404,8 @@ def _references(job: Job, task: Task, means: TrainingMeans, effort: Effort) -> l
 def _trained(job: Job, task: Task, effort: Effort, folder: Path) -> Predictor:
     model, chosen = METHODS[job.arguments["method"]]
     settings = {"epochs": effort.epochs, "lr": LR, **_of_size(model, job.arguments["n_latents"]), **chosen}
-    screen = task.screen
+    # Models of this study know targets by their names alone, as the published ones do.
+    screen = Screen.from_spec(task.screen.describe(), task.screen.adata)
     if not screen.is_counts:
         settings["likelihood"] = "gaussian"
     elif settings.get("likelihood") == "gaussian":

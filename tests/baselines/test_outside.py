@@ -6,7 +6,15 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from pyro_causalcell.baselines import CellPredictor, PredictionsFile, Predictor, condition_means
+from pyro_causalcell.baselines import (
+    CellPredictor,
+    PredictionsFile,
+    Predictor,
+    TimeCellPredictor,
+    TimePredictionsFile,
+    TimePredictor,
+    condition_means,
+)
 from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import DataError
 
@@ -179,3 +187,36 @@ def test_files_that_are_no_predictions(tiny_screen, cells, tmp_path):
     cells.uns["units"] = "counts"
     with pytest.raises(DataError, match="lacks 1 .* gene0"):
         PredictionsFile(cells, tiny_screen)
+
+
+# ---------------------------------------------------------------- over time
+
+
+def test_means_over_time(tiny_screen, table, means_cg, tmp_path):
+    later = table.copy()
+    later[tiny_screen.genes] += 0.5
+    pd.concat([table.assign(day=2), later.assign(day=4.5)]).to_csv(tmp_path / "theirs.csv", index=False)
+    found = TimePredictionsFile(tmp_path / "theirs.csv", tiny_screen, time="day", units="lognorm")
+    assert isinstance(found, TimePredictor) and not isinstance(found, TimeCellPredictor)
+    assert (found.name, found.times) == ("theirs", [2.0, 4.5])
+    means_ctg = found.predict(["A+B", "A"], [4.5, 2.0])
+    np.testing.assert_allclose(means_ctg, np.stack([means_cg[::-1] + 0.5, means_cg[::-1]], axis=1))
+    with pytest.raises(DataError, match=r"lacks the times \[3.0\]; it has 2.0, 4.5"):
+        found.predict(["A"], [2.0, 3.0])
+    with pytest.raises(DataError, match="theirs at 2 lacks 1 of the 1 conditions"):
+        found.predict(["B"], [2.0])
+
+
+def test_cells_over_time(tiny_screen, cells, means_cg):
+    cells.obs["time"] = np.where(np.arange(cells.n_obs) % 2, "1", "3")
+    found = TimePredictionsFile(cells, tiny_screen, name="theirs", units="counts")
+    assert isinstance(found, TimeCellPredictor)
+    drawn = found.cells(ASKED, [1.0, 3.0], 10)
+    assert [[x_ng.shape for x_ng in of_condition] for of_condition in drawn] == [[(10, 20)] * 2] * 2
+    everything = found.cells(ASKED, [1.0, 3.0], 1000)
+    np.testing.assert_allclose([np.concatenate(x).mean(0) for x in everything], means_cg)
+    with pytest.raises(DataError, match="Pass time="):
+        TimePredictionsFile(cells, tiny_screen, time="hour", units="counts")
+    cells.obs["time"] = "soon"
+    with pytest.raises(DataError, match="expected a number in 'time' for every row, found 120 others"):
+        TimePredictionsFile(cells, tiny_screen, units="counts")

@@ -47,6 +47,12 @@ def test_simulate_names_the_setting_that_does_not_fit(cli: Run) -> None:
             ("13 perturbations", "--control control --likelihood gaussian --latents 11"),
         ),
         (
+            "temporal-scm",
+            "--n-genes 40 --n-perturbations 2 --n-combinations 1 --times [1,3] --cells-per-snapshot 5",
+            40,
+            ("3 perturbations", "--control control --time time --likelihood gaussian --latents 11"),
+        ),
+        (
             "screen",
             "--n-genes 60 --n-targets 7 --n-doubles 0 --cells-per-condition 3 --n-control-cells 9",
             30,

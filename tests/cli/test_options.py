@@ -14,7 +14,9 @@ from pyro_causalcell import cli as room
 from pyro_causalcell import inference
 from pyro_causalcell.data import Screen
 from pyro_causalcell.inference import Fit
-from pyro_causalcell.simulate import combination_screen, latent_scm, sparse_shift
+from pyro_causalcell.simulate import combination_screen, latent_scm, sparse_shift, temporal_scm
+
+SIMULATORS = (sparse_shift, latent_scm, temporal_scm, combination_screen)
 
 Run = Callable[..., Any]
 
@@ -41,7 +43,7 @@ def test_settings_of_the_simulator_are_those_of_the_library() -> None:
     """An option that is not given is left to the simulator, and every setting of a simulator is an option."""
     here = defaults(room.simulate)
     del here["out"], here["process"]
-    settings = [defaults(simulator) for simulator in (sparse_shift, latent_scm, combination_screen)]
+    settings = [defaults(simulator) for simulator in SIMULATORS]
     assert set(here) == set().union(*settings)
     assert here.pop("seed") == 0 and {chosen["seed"] for chosen in settings} == {0}
     assert set(here.values()) == {None}
@@ -49,8 +51,9 @@ def test_settings_of_the_simulator_are_those_of_the_library() -> None:
 
 def test_help_of_the_simulator_says_what_an_option_is_if_not_given() -> None:
     text = " ".join((inspect.getdoc(room.simulate) or "").split())
-    settings = [defaults(simulator) for simulator in (sparse_shift, latent_scm, combination_screen)]
-    for name in set().union(*settings) - {"seed", "n_control_cells", "preset", "changes", "likelihood"}:
+    words = {"seed", "n_control_cells", "preset", "changes", "likelihood", "graph", "dynamics", "times"}
+    settings = [defaults(simulator) for simulator in SIMULATORS]
+    for name in set().union(*settings) - words:
         values = [chosen[name] for chosen in settings if chosen.get(name) is not None]
         said = re.search(rf" {name}: (.*?)( \w+: |$)", text)
         assert said is not None

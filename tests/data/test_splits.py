@@ -8,6 +8,7 @@ from pyro_causalcell.data import (
     held_out_combinations,
     held_out_guides,
     held_out_perturbations,
+    held_out_times,
     random_cells,
 )
 from pyro_causalcell.errors import DataError
@@ -140,3 +141,19 @@ def test_mistakes_are_named(tiny_adata, tiny_screen):
         held_out_batches(tiny_screen, "lane", ["x"])
     with pytest.raises(DataError, match="nothing is left"):
         held_out_batches(tiny_screen, "batch", ["b1", "b2"])
+
+
+def test_held_out_times(tiny_adata):
+    tiny_adata.obs["hour"] = np.arange(tiny_adata.n_obs) % 4 / 10
+    screen = Screen(tiny_adata, time="hour")
+    split = held_out_times(screen, [0.1, 0.3], validation=0.1, seed=1)
+    check_whole(split, 400)
+    assert set(np.round(screen.time_n[split.test], 1).tolist()) == {np.float32(0.1), np.float32(0.3)}
+    assert len(split.test) == 200 and len(split.validation) == 20
+    assert held_out_times(screen, 0.2, validation=0.0).settings["held_out"] == [0.2]
+    with pytest.raises(DataError, match=r"found \[5.0\]; the screen has 0.0, 0.1"):
+        held_out_times(screen, [0.1, 5])
+    with pytest.raises(DataError, match="nothing is left"):
+        held_out_times(screen, [0, 0.1, 0.2, 0.3])
+    with pytest.raises(DataError, match="pass time="):
+        held_out_times(Screen(tiny_adata), 0.1)

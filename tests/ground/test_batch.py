@@ -31,4 +31,6 @@ def test_to_moves_every_tensor_and_the_batches_inside():
 
 
 def test_dims_are_the_arguments_models_take():
-    assert Dims._fields == ("n_cells", "n_genes", "n_targets", "n_batches", "target_cells")
+    first = ("n_cells", "n_genes", "n_targets", "n_batches", "target_cells")
+    later = ("n_conditions", "times", "n_embedding")  # with defaults: older run folders do not have them
+    assert Dims._fields == first + later and set(Dims._field_defaults) == set(later)

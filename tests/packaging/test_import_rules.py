@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-GROUND = {f"pyro_causalcell.{name}" for name in ("batch", "distributions", "errors", "nets", "penalties")}
+GROUND = {
+    f"pyro_causalcell.{name}"
+    for name in ("batch", "distributions", "embeddings", "errors", "nets", "penalties")
+}
 
 # A forbidden import in each room -> the contract that must break.
 VIOLATIONS = [

@@ -1,0 +1,197 @@
+"""Amortised guide of the latent temporal SCM."""
+
+from typing import Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_causalcell.batch import Batch, LaggedMechanisms, Rotation
+from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, MeanFieldGate
+from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets
+from pyro_causalcell.nets import Activation, Encoder, Norm
+from pyro_causalcell.penalties import alignment as align_pairs
+from pyro_causalcell.penalties import mmd_by_group
+
+__all__ = ["TemporalSCMGuide"]
+
+OPEN_ABOVE = 0.1
+"""Edges that start open after the warm start: lagged effects above this."""
+
+CUT_LOGIT = -2.2
+"""Logit of the prior probability of a cut, for targets without training cells."""
+
+
+class TemporalSCMGuide(PyroModule):
+    r"""Free posteriors of gates, edges, cuts and changes; an encoder for both blocks; the alignment penalty.
+
+    .. math::
+        q(\gamma_{pv}) &= \mathrm{Bernoulli}(\phi_{pv}), \quad q(A_{vj}) = \mathrm{Bernoulli}(\psi_{vj}),
+            \quad q(c_{pv}) = \mathrm{Bernoulli}(\chi_{pv}), \quad \text{Normal changes} \\
+        q(z_l, z_v \mid x_n) &= \mathrm{Normal}(e(x_n), \mathrm{diag}\, s(x_n)^2)
+
+    A target without training cells has the priors of what it changes; with embeddings, given what the other
+    targets say of them.
+
+    Alignment keeps what a perturbation does out of z_l, against control cells of the same time:
+    ``"mmd"`` (default) charges α times the maximum mean discrepancy between the cells of a condition at a
+    time and control cells of that time; ``"pairs"`` α ‖e_l(x) − e_l(x₀)‖² with one control cell of that time,
+    as in the paper; ``"none"`` nothing.
+
+    Args:
+        n_genes, n_targets, n_batches, target_cells, n_embedding, times: sizes of the screen.
+        n_invariant, n_responsive, likelihood, gates, edges, graph: as in the model.
+        alignment: See above.
+        alpha: α, nats per cell.
+        n_hidden, n_layers, norm, dropout, activation: of the encoder.
+
+    Source: CITE-VAE (arXiv 2605.25581), equations 13 and 17.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_targets: int,
+        n_batches: int = 0,
+        target_cells: tuple[float, ...] = (),
+        n_embedding: int = 0,
+        times: tuple[float, ...] = (0.0, 1.0),
+        *,
+        n_invariant: int = 10,
+        n_responsive: int = 6,
+        likelihood: Likelihood = "nb",
+        gates: Literal["posterior", "open"] = "posterior",
+        edges: Literal["posterior", "open"] = "posterior",
+        graph: Literal["full", "triangular"] = "full",
+        alignment: Literal["mmd", "pairs", "none"] = "mmd",
+        alpha: float = 100.0,
+        n_hidden: int = 128,
+        n_layers: int = 2,
+        norm: Norm = "batch",
+        dropout: float = 0.0,
+        activation: Activation = "silu",
+    ):
+        super().__init__()
+        if not n_targets:  # a time course of control cells: nothing to compare or to find
+            alignment, gates = "none", "open"
+        self.needs = set() if alignment == "none" else {"control"}
+        self.n_invariant, self.n_responsive = n_invariant, n_responsive
+        self.gates, self.edges, self.alignment, self.alpha = gates, edges, alignment, alpha
+        self.rotated_site = ("z_invariant", "z_responsive")
+        self.register_buffer("times_t", torch.tensor(times))
+        shape, n_programmes = (n_targets, n_responsive), n_invariant + n_responsive
+        if gates == "posterior":
+            self.gate_logit = PyroParam(torch.full(shape, 2.0))
+            self.cut_logit = PyroParam(torch.full(shape, -2.0))
+        if edges == "posterior":
+            self.edge_logit = PyroParam(torch.full((n_responsive, n_programmes), 2.0))
+        for name, size in (("shift", shape), ("log_scale", shape), ("start", shape)):
+            self._normal(name, 0.1 * torch.randn(size) if name == "shift" else torch.zeros(size))
+        own_vv = 0.5 * torch.eye(n_responsive) if graph == "full" else torch.zeros(n_responsive, n_responsive)
+        self._normal("weight", torch.cat([torch.zeros(n_responsive, n_invariant), own_vv], 1))
+        self.register_buffer("seen_p1", seen_targets(n_targets, target_cells).unsqueeze(-1))
+        if n_embedding:
+            self.register_buffer("embedding_pe", torch.zeros(n_targets, n_embedding))
+            seen_p = self.seen_p1.squeeze(-1)
+            self.maps = nn.ModuleDict({name: EffectMapGuide(name, seen_p) for name in ("shift", "start")})
+            self.gate_curve = GateCurveGuide("gate", n_responsive, seen_p)
+        rate_site = "gate_curve" if n_embedding else "gate_rate"
+        held = [rate_site, "gate", "min_effect", "cut", "min_cut"] if gates == "posterior" else []
+        held += ["edge", "min_weight"] if edges == "posterior" else []
+        held += [] if alignment == "none" else ["align"]
+        self.gate_sites = (*held, "shift", "log_scale", "start", "weight") if gates == "posterior" else ()
+        self.encoder = Encoder(
+            n_genes,
+            n_programmes,
+            n_batches,
+            log_input=likelihood != "gaussian",
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            norm=norm,
+            dropout=dropout,
+            activation=activation,
+        )
+
+    def _normal(self, name: str, loc: Tensor) -> None:
+        setattr(self, f"{name}_loc", PyroParam(loc))
+        scale = PyroParam(torch.full_like(loc, 0.1), constraint=constraints.positive)
+        setattr(self, f"{name}_spread", scale)
+
+    def forward(self, batch: Batch) -> None:
+        """q of gates, edges and changes; then q(z_l, z_v | x) inside the cells plate."""
+        self.mechanism(batch)
+        with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
+            loc_nk, scale_nk = self.encoder(batch.x_ng, batch.batch_nb)
+            sizes = [self.n_invariant, self.n_responsive]
+            (loc_nl, loc_nv), (scale_nl, scale_nv) = loc_nk.split(sizes, -1), scale_nk.split(sizes, -1)
+            pyro.sample("z_invariant", dist.Normal(loc_nl, scale_nl).to_event(1))  # q(z_l | x)
+            pyro.sample("z_responsive", dist.Normal(loc_nv, scale_nv).to_event(1))  # q(z_v | x)
+            if batch.control is not None and self.alignment != "none":
+                self.align(loc_nl, batch)
+
+    def mechanism(self, batch: Batch) -> None:
+        """q(π) q(γ) q(c) q(A), and q of the changes where they are open."""
+        ones_pv = torch.ones_like(self.shift_loc)
+        gate_pv, edge_vk = ones_pv, torch.ones_like(self.weight_loc)
+        gate = MeanFieldGate if self.training else Gate  # probabilities to train on, draws to predict
+        logit_pv = self.gate_logit if self.gates == "posterior" else None
+        shift, start = (self.shift_loc, self.shift_spread), (self.start_loc, self.start_spread)
+        if hasattr(self, "embedding_pe"):
+            open_pv = ones_pv if logit_pv is None else torch.sigmoid(logit_pv)
+            *shift, expected_pv = self.maps["shift"](self.embedding_pe, open_pv, *shift)
+            *start, _ = self.maps["start"](self.embedding_pe, ones_pv, *start)
+            logit_pv = None if logit_pv is None else self.gate_curve(expected_pv**2, logit_pv)
+        if logit_pv is not None:
+            if not hasattr(self, "embedding_pe"):
+                phi_pv = torch.sigmoid(logit_pv)
+                beta = dist.Beta(1 + phi_pv, len(phi_pv) + 1 - phi_pv)
+                pyro.sample("gate_rate", beta.to_event(2))  # q(π), the conjugate update
+            gate_pv = pyro.sample("gate", gate(logits=logit_pv).to_event(2))  # q(γ)
+            cut_pv = torch.where(self.seen_p1, self.cut_logit, CUT_LOGIT)
+            pyro.sample("cut", gate(logits=cut_pv).to_event(2))  # q(c)
+        if self.edges == "posterior":
+            edge_vk = pyro.sample("edge", gate(logits=self.edge_logit).to_event(2))  # q(A)
+        log_scale_pv = torch.where(self.seen_p1, self.log_scale_loc, 0.0)
+        spread_pv = torch.where(self.seen_p1, self.log_scale_spread, 0.5)
+        pyro.sample("shift", GatedNormal(gate_pv, *shift).to_event(2))  # q(μ | γ)
+        pyro.sample("log_scale", GatedNormal(gate_pv, log_scale_pv, spread_pv).to_event(2))  # q(log σ | γ)
+        pyro.sample("start", dist.Normal(*start).to_event(2))
+        pyro.sample(
+            "weight", GatedNormal(edge_vk, self.weight_loc, self.weight_spread).to_event(2)
+        )  # q(w | A)
+
+    def align(self, loc_nl: Tensor, batch: Batch) -> None:
+        """Charge differences of z_l between cells and control cells of the same time."""
+        assert batch.control is not None and batch.time_n is not None
+        control_nl = self.encoder(batch.control.x_ng, batch.control.batch_nb)[0][:, : self.n_invariant]
+        if self.alignment == "pairs":
+            align_pairs("align", loc_nl, control_nl, self.alpha)
+            return
+        time_n = (self.times_t - batch.time_n.unsqueeze(-1)).abs().argmin(-1)
+        group_n = batch.condition_n * len(self.times_t) + time_n
+        # anchors have the cells' times
+        distance = mmd_by_group(loc_nl, group_n, control_nl, time_n, pool_n=time_n)
+        pyro.factor("align", self.alpha * distance.expand(len(loc_nl)), has_rsample=True)
+
+    def hold_gates_open(self, held: bool) -> None:
+        """Leave the mechanisms alone while axes are sought, or let them be learned."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("encoder"):
+                parameter.requires_grad_(not held)
+
+    @torch.no_grad()
+    def rotate(self, rotation: Rotation) -> None:
+        """Take over new axes, with the mechanisms seen there."""
+        self.encoder.rotate(rotation.map_kk, rotation.offset_k)
+        seen = rotation.mechanisms
+        assert isinstance(seen, LaggedMechanisms)
+        self.gate_logit.copy_(torch.where(seen.altered_pv, 4.0, -4.0))
+        self.cut_logit.copy_(torch.where(seen.cut_pv, 4.0, -4.0))
+        if self.edges == "posterior":
+            self.edge_logit.copy_(torch.where(seen.weight_vk.abs() > OPEN_ABOVE, 4.0, -2.0))
+        for name in ("shift", "log_scale", "start"):
+            getattr(self, f"{name}_loc").copy_(getattr(seen, f"{name}_pv"))
+        self.weight_loc.copy_(seen.weight_vk)

@@ -1,0 +1,497 @@
+"""Latent temporal SCM: responses unfold between snapshots through a sparse lagged graph."""
+
+from typing import Any, Literal, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+
+from pyro_causalcell.batch import Batch
+from pyro_causalcell.distributions import (
+    Gate,
+    GatedNormal,
+    Likelihood,
+    PopulationNormal,
+    TransitionMixture,
+    measurement,
+    spread,
+)
+from pyro_causalcell.embeddings import expected_effects, expected_gates
+from pyro_causalcell.nets import Activation, AdditiveMaps, Decoder, Norm
+from pyro_causalcell.penalties import edge_cost
+
+__all__ = ["PRESETS", "TemporalSCM"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "no-alignment": {"alignment": "none"},
+    "no-sparsity": {"gates": "open", "edges": "open"},
+    "independent-pairs": {"join": "mixture", "n_sources": 1},
+    "paper": {
+        "gates": "open",
+        "edges": "open",
+        "graph": "triangular",
+        "l1": 1e-3,
+        "join": "mixture",
+        "n_sources": 1,
+        "alignment": "pairs",
+        "alpha": 0.1,
+    },
+}
+"""Arguments of ``fit``: ``fit("temporal-scm", None, screen, **PRESETS["independent-pairs"])``. ``"paper"`` is
+what is known of the paper's settings: a strictly lower triangular lagged graph under an L1 penalty, one
+random cell of the snapshot before as the past of a cell, and alignment with a random control cell."""
+
+LEAST_SCALE = 0.05
+"""Smallest standard deviation of an innovation: a mixture over sampled pasts cannot resolve less."""
+
+
+class Mechanism(NamedTuple):
+    """One draw of the global latents."""
+
+    gate_pv: Tensor
+    edge_vk: Tensor
+    shift_pv: Tensor
+    log_scale_pv: Tensor
+    cut_pv: Tensor
+    start_pv: Tensor
+    weight_vk: Tensor
+
+
+class Law(NamedTuple):
+    """Normal laws of programmes in each situation r, one for each past m; see ``TransitionMixture``."""
+
+    loc_rmk: Tensor
+    log_scale_rk: Tensor
+    precision_rk: Tensor
+    slack_rmk: Tensor
+
+    def where(self, other_r: Tensor, loc_rk: Tensor) -> "Law":
+        """Unit normals at loc in some situations."""
+        other_r1 = other_r.unsqueeze(-1)
+        return Law(
+            torch.where(other_r1.unsqueeze(-1), loc_rk.unsqueeze(-2), self.loc_rmk),
+            torch.where(other_r1, 0.0, self.log_scale_rk),
+            torch.where(other_r1, 1.0, self.precision_rk),
+            torch.where(other_r1.unsqueeze(-1), 0.0, self.slack_rmk),
+        )
+
+    def mixture(self, situation_n: Tensor, logits_nm: Tensor | None = None) -> TransitionMixture:
+        """The mixture over pasts, for cells in these situations."""
+        loc_nmk, log_scale_nk, precision_nk, slack_nmk = (part[situation_n] for part in self)
+        return TransitionMixture(loc_nmk, log_scale_nk, precision_nk, slack_nmk, logits_nm)
+
+    def draw(self) -> Tensor:
+        """A draw for every past."""
+        scale_rmk = self.log_scale_rk.exp().unsqueeze(-2)
+        return self.loc_rmk + scale_rmk * torch.randn_like(self.loc_rmk)
+
+
+def moments(*laws: Law) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, Cholesky factor of the covariance, and slack of the programmes, over the possible pasts."""
+    loc_rmk = torch.cat([law.loc_rmk for law in laws], -1)
+    noise_rk = torch.cat([torch.exp(2 * law.log_scale_rk) for law in laws], -1)
+    loc_rk = loc_rmk.mean(-2)
+    left_rmk = loc_rmk - loc_rk.unsqueeze(-2)
+    between_rkk = left_rmk.mT @ left_rmk / max(loc_rmk.shape[-2] - 1, 1)
+    root_rkk = torch.linalg.cholesky(between_rkk + torch.diag_embed(noise_rk))
+    return loc_rk, root_rkk, torch.cat([law.slack_rmk for law in laws], -1).mean(-2)
+
+
+class TemporalSCM(PyroModule):
+    r"""Latent temporal SCM: invariant and responsive programmes that evolve through a lagged graph.
+
+    .. math::
+        \pi_{pv} &\sim \mathrm{Beta}(1, \alpha), \quad \gamma_{pv} \sim \mathrm{Bernoulli}(\pi_{pv})
+            && \text{does } p \text{ change the mechanism of programme } v? \\
+        A_{vj} &\sim \mathrm{Bernoulli}(1/2) && \text{does } j \text{ act on } v \text{ one step later?} \\
+        \mu_{pv} &\sim \mathrm{Normal}(0, \tau), \quad \log\sigma_{pv} \sim \mathrm{Normal}(0, 1/2), \quad
+            c_{pv} \sim \mathrm{Bernoulli}(0.1) && \text{the changes: shift, noise, parents cut} \\
+        z_l^{t+1} &= f_l(z_l^t) + n_l && \text{invariant programmes} \\
+        z_v^{t+1} &= (1 - c_v(u)) \big(b_v + \textstyle\sum_j A_{vj}\, f_{vj}(z_j^t)\big) + \mu_v(u)
+            + \sigma_v(u)\, n_v && \text{responsive programmes} \\
+        x_{ng} &\sim \mathrm{NB}(\ell_n\, \mathrm{softmax}_g f(z_l, z_v, b_n),\; \theta_g) && \text{counts}
+
+    with μ(u) = Σ_p u_p γ_p μ_p, log σ(u) = Σ_p u_p γ_p log σ_p, and 1 − c(u) = Π_p (1 − u_p c_p). At
+    the first snapshot z_l is standard normal, and so is z_v of control cells; there a perturbation has moved
+    z_v by start_pv already.
+
+    Snapshots are not paired: nobody knows the past of a cell. Its past is one of the cells of the snapshot
+    before, of its condition, each as likely: p(z^{t+1}) is the mixture of the transitions of ``n_sources`` of
+    them. They come from a memory of posterior draws that every training step renews. Where a condition has
+    no earlier snapshot, as one that was never measured, pasts are drawn from the law of the first snapshot.
+    A mixture over a sample needs many components where programmes have a long memory, and is too low with
+    few; so by default the normal with the moments of those transitions stands in for it (``join="moments"``),
+    which is the same thing where transitions are linear. Pairing each cell with one random cell of the
+    snapshot before (``join="mixture", n_sources=1``, as in the paper) teaches transitions to forget, for
+    given the condition the two are independent.
+
+    A gap between snapshots is divided into equal steps no longer than the shortest gap; a step of a part h of
+    it goes z + h (f(z) - z), with noise of variance h σ².
+
+    Where the screen has ``embeddings``, shifts and starts are centred on linear functions of them and the
+    rate of gates follows the size of the expected shift, in place of π and τ (see
+    ``pyro_causalcell.embeddings``), so that a target without training cells has a prediction.
+
+    ======  =================  =========  ===============================================================
+    symbol  name               shape      meaning
+    ======  =================  =========  ===============================================================
+    π       ``gate_rate``      p, v       prior probability that a mechanism is changed
+    γ       ``gate``           p, v       1 where the perturbation changes the programme's mechanism
+    A       ``edge``           v, l+v     1 where a programme acts on a responsive one a step later
+    μ       ``shift``          p, v       shift of the innovation
+    log σ   ``log_scale``      p, v       change of the log standard deviation of the innovation
+    c       ``cut``            p, v       1 where the perturbation cuts the programme off its parents
+    start   ``start``          p, v       shift at the first snapshot
+    f_vj    ``weight``         v, l+v     slope of the effect of an edge (its bend is a parameter)
+    z_l     ``z_invariant``    n, l       background programmes
+    z_v     ``z_responsive``   n, v       programmes that perturbations act on
+    x       ``x``              n, g       counts (or log-normalised values)
+    ======  =================  =========  ===============================================================
+
+    In training the guide hands over probabilities of gates, edges and cuts. The logarithm of each component
+    of the mixture is then replaced by its expectation, which bounds the expected log of the mixture from
+    below.
+
+    Args:
+        n_genes, n_targets, n_batches, target_cells, n_embedding, n_cells, n_conditions, times: sizes of the
+            screen (see ``Dims``).
+        n_invariant, n_responsive: Programmes l and v.
+        likelihood: ``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values.
+        gates: ``"posterior"``, or ``"open"``: every perturbation may change every mechanism.
+        edges: ``"posterior"``, or ``"open"``: every programme of the graph acts.
+        graph: ``"full"``, or ``"triangular"``: responsive programmes act on later ones alone, and not on
+            themselves.
+        l1: Nats for a unit of absolute slope of an edge.
+        transition: ``"additive"``: the effect of an edge may bend; ``"linear"``.
+        join: ``"moments"`` or ``"mixture"``: how the transitions of possible pasts make up p(z).
+        n_sources: Possible pasts that are looked at in a step.
+        memory: Cells that are remembered of each condition and snapshot.
+        min_effect: Smallest change worth a gate, in standard deviations of a programme.
+        min_weight: Smallest slope worth an edge.
+        shift_scale: τ.
+        n_hidden, n_layers, norm, activation: of the decoder.
+
+    Source: CITE-VAE (arXiv 2605.25581), equations 2 to 4. Gates, the population transition and its bound are
+    this project's.
+    """
+
+    site_dims = dict.fromkeys(
+        ("gate_rate", "gate", "shift", "log_scale", "cut", "start"), ("perturbation", "responsive")
+    ) | dict.fromkeys(("edge", "weight"), ("responsive", "programme"))
+    site_dims |= dict.fromkeys(("shift_map", "start_map"), ("responsive", "feature"))
+    """Names of the axes of the global latents, for ArviZ."""
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_targets: int,
+        n_batches: int = 0,
+        target_cells: tuple[float, ...] = (),
+        n_embedding: int = 0,
+        n_cells: int = 1,
+        n_conditions: int = 1,
+        times: tuple[float, ...] = (0.0, 1.0),
+        *,
+        n_invariant: int = 10,
+        n_responsive: int = 6,
+        likelihood: Likelihood = "nb",
+        gates: Literal["posterior", "open"] = "posterior",
+        edges: Literal["posterior", "open"] = "posterior",
+        graph: Literal["full", "triangular"] = "full",
+        l1: float = 0.0,
+        transition: Literal["additive", "linear"] = "additive",
+        join: Literal["moments", "mixture"] = "moments",
+        n_sources: int = 128,
+        memory: int = 128,
+        min_effect: float = 0.5,
+        min_weight: float = 0.15,
+        shift_scale: float = 2.0,
+        n_hidden: int = 128,
+        n_layers: int = 2,
+        norm: Norm = "batch",
+        activation: Activation = "silu",
+    ):
+        super().__init__()
+        if len(times) < 2:
+            raise ValueError(
+                f"a temporal model needs two snapshots at least, found times {list(times)}; pass the column "
+                "of times as time=, or fit weight-variant-scm to a single snapshot"
+            )
+        self.needs = {"time", "normalised" if likelihood == "gaussian" else "counts"}
+        self.n_targets, self.n_invariant, self.n_responsive = n_targets, n_invariant, n_responsive
+        self.gates, self.edges, self.graph, self.l1 = gates if n_targets else "open", edges, graph, l1
+        self.join, self.n_sources = join, n_sources
+        self.shift_scale, self.axes_sought = shift_scale, False
+        self.min_effect, self.min_weight, self.n_cells = min_effect, min_weight, n_cells
+        n_programmes = n_invariant + n_responsive
+        self.register_buffer("cells_p", torch.tensor(target_cells or [0.0] * n_targets))
+        if n_embedding:
+            self.register_buffer("embedding_pe", torch.zeros(n_targets, n_embedding))
+        own_vk = torch.cat([torch.zeros(n_responsive, n_invariant), torch.eye(n_responsive)], 1)
+        below_vv = torch.ones(n_responsive, n_responsive).tril(-1)
+        self.register_buffer("own_vk", own_vk if graph == "full" else torch.zeros_like(own_vk))
+        allowed_vk = torch.cat([torch.ones(n_responsive, n_invariant), below_vv], 1)
+        self.register_buffer("allowed_vk", torch.ones_like(own_vk) if graph == "full" else allowed_vk)
+        # the past: what each snapshot of each condition looked like lately
+        self.register_buffer("times_t", torch.tensor(times))
+        self.register_buffer("memory_ctmk", torch.zeros(n_conditions, len(times), memory, n_programmes))
+        self.register_buffer("filled_ct", torch.zeros(n_conditions, len(times), dtype=torch.bool))
+        gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+        self.unit = min(gaps)
+        # f_l and f_v
+        bends = 4 if transition == "additive" else 0
+        self.invariant_map = AdditiveMaps(n_invariant, n_invariant, bends)
+        self.invariant_weight_ll = PyroParam(0.5 * torch.eye(n_invariant))
+        self.invariant_offset_l = PyroParam(torch.zeros(n_invariant))
+        self.invariant_log_scale_l = PyroParam(torch.full((n_invariant,), -0.2))
+        self.responsive_map = AdditiveMaps(n_programmes, n_responsive, bends)
+        self.responsive_offset_v = PyroParam(torch.zeros(n_responsive))
+        self.responsive_log_scale_v = PyroParam(torch.full((n_responsive,), -0.2))
+        # while axes are sought every snapshot of every condition has a normal law of its own
+        self.free_loc_ctk = PyroParam(torch.zeros(n_conditions, len(times), n_programmes))
+        self.free_log_scale_ctk = PyroParam(torch.zeros(n_conditions, len(times), n_programmes))
+        self.decoder = Decoder(
+            n_programmes,
+            n_genes,
+            n_batches,
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            norm=norm,
+            activation=activation,
+        )
+        self.theta_g, self.scale_g = spread(likelihood, n_genes)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
+        mechanism = self.mechanism()
+
+        with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
+            situations, situation_n = self.situations(batch)
+            z_nk = self.programmes(*self.laws(situations, mechanism), situation_n)
+            self.remember(batch, z_nk)
+            output_ng = self.decoder(z_nk, batch.batch_nb)
+            p_x = measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g)
+            x: Tensor = pyro.sample("x", p_x.to_event(1), obs=batch.x_ng)  # p(x | z)
+            return x
+
+    def mechanism(self) -> Mechanism:
+        """Gates, edges, and what they let through."""
+        edge_vk: Tensor = self.allowed_vk
+        gate_pv = edge_vk.new_ones(self.n_targets, self.n_responsive)
+        cut_pv = torch.zeros_like(gate_pv)
+        shift, start = self.expected("shift"), self.expected("start")
+        if self.gates == "posterior":
+            cost_p = self.cells_p * self.min_effect**2 / 2
+            if hasattr(self, "embedding_pe"):
+                gate = Gate(logits=expected_gates("gate", shift[0] ** 2))
+            else:
+                beta = dist.Beta(gate_pv, float(self.n_targets) * gate_pv)
+                gate = Gate(pyro.sample("gate_rate", beta.to_event(2)))  # p(π)
+            gate_pv = pyro.sample("gate", gate.to_event(2))  # p(γ | π)
+            edge_cost("min_effect", gate_pv, cost_p)
+            cut_pv = pyro.sample("cut", Gate(torch.full_like(gate_pv, 0.1)).to_event(2))  # p(c)
+            edge_cost("min_cut", cut_pv, self.cells_p * self.min_weight**2 / 2)
+        if self.edges == "posterior":
+            edge_vk = pyro.sample("edge", Gate(0.5 * torch.ones_like(edge_vk)).to_event(2))  # p(A)
+            edge_vk = edge_vk * self.allowed_vk * (1 - self.own_vk) + self.own_vk  # a past of its own is free
+            edge_cost("min_weight", edge_vk, edge_vk.new_tensor([self.n_cells * self.min_weight**2 / 2]))
+        shift_pv = pyro.sample("shift", GatedNormal(gate_pv, *shift).to_event(2))  # p(μ | γ)
+        log_scale = GatedNormal(gate_pv, 0.0, 0.5)
+        log_scale_pv = pyro.sample("log_scale", log_scale.to_event(2))  # p(log σ | γ)
+        start_pv = pyro.sample("start", dist.Normal(*start).to_event(2))
+        weight_vk = pyro.sample("weight", GatedNormal(edge_vk, 0.0, 1.0).to_event(2))  # p(w | A)
+        if self.l1:
+            pyro.factor("sparsity", -self.l1 * self.n_cells * (edge_vk * weight_vk).abs().sum((-2, -1)))
+        return Mechanism(gate_pv, edge_vk, shift_pv, log_scale_pv, cut_pv, start_pv, weight_vk)
+
+    def expected(self, name: str) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of shifts, or starts, where they are there."""
+        if hasattr(self, "embedding_pe"):
+            return expected_effects(name, self.embedding_pe, (self.n_responsive,), self.shift_scale)
+        zero_pv = self.allowed_vk.new_zeros(self.n_targets, self.n_responsive)
+        return zero_pv, zero_pv + self.shift_scale
+
+    def situations(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The distinct conditions, times and designs of the cells, r, and which of them each cell is in."""
+        assert batch.time_n is not None
+        key_nq = torch.cat([batch.condition_n.unsqueeze(-1), batch.time_n.unsqueeze(-1), batch.u_np], -1)
+        key_rq, situation_n = torch.unique(key_nq, dim=0, return_inverse=True)
+        distinct = batch._replace(u_np=key_rq[:, 2:], condition_n=key_rq[:, 0].long(), time_n=key_rq[:, 1])
+        return distinct, situation_n
+
+    def programmes(self, invariant: Law, responsive: Law, situation_n: Tensor) -> Tensor:
+        """z_l and z_v, n, k, where each possible past is as likely."""
+        if self.join == "mixture":
+            p_z_nl = invariant.mixture(situation_n)
+            z_nl = pyro.sample("z_invariant", p_z_nl)  # p(z_l)
+            # z_l tells which past it may have been
+            p_z_nv = responsive.mixture(situation_n, p_z_nl.components(z_nl))
+        else:
+            loc_nk, root_nkk, slack_nk = (part[situation_n] for part in moments(invariant, responsive))
+            n_l = self.n_invariant
+            p_z_nl = PopulationNormal(loc_nk[:, :n_l], root_nkk[:, :n_l, :n_l])
+            z_nl = pyro.sample("z_invariant", p_z_nl)  # p(z_l)
+            known_nv = (root_nkk[:, n_l:, :n_l] @ p_z_nl.noise_of(z_nl).unsqueeze(-1)).squeeze(-1)
+            own_nvv = root_nkk[:, n_l:, n_l:]
+            p_z_nv = PopulationNormal(loc_nk[:, n_l:] + known_nv, own_nvv, slack_nk[:, n_l:])
+        z_nv = pyro.sample("z_responsive", p_z_nv)  # p(z_v | z_l, u)
+        return torch.cat([z_nl, z_nv], -1)
+
+    def laws(self, batch: Batch, mechanism: Mechanism) -> tuple[Law, Law]:
+        """Laws of z_l and z_v of each cell, given each of its possible pasts."""
+        if self.axes_sought:
+            return self.free_laws(batch)
+        assert batch.time_n is not None
+        past_rmk, is_past_r, from_r = self.past(batch, mechanism)
+        past_rmk, step_r = self.roll(past_rmk, batch.u_np, from_r, batch.time_n, mechanism)
+        invariant, responsive = self.step(past_rmk, batch.u_np, step_r, mechanism)
+        is_start_r = ~is_past_r & (batch.time_n <= self.times_t[0])
+        start_rv = batch.u_np @ mechanism.start_pv
+        zeros_rl = start_rv.new_zeros(len(start_rv), self.n_invariant)
+        return invariant.where(is_start_r, zeros_rl), responsive.where(is_start_r, start_rv)
+
+    def free_laws(self, batch: Batch) -> tuple[Law, Law]:
+        """While axes are sought: a normal law for each snapshot of each condition."""
+        place = (batch.condition_n, self.snapshot(batch.time_n))
+        known_r1 = ((place[0] > 0) | (place[1] > 0)).unsqueeze(-1)  # control's first snapshot is the anchor
+        loc_rmk = torch.where(known_r1, self.free_loc_ctk[place], 0.0).unsqueeze(-2)
+        log_scale_rk = torch.where(known_r1, self.free_log_scale_ctk[place], 0.0)
+        whole = Law(loc_rmk, log_scale_rk, torch.exp(-2 * log_scale_rk), torch.zeros_like(loc_rmk))
+        blocks = zip(*(part.split([self.n_invariant, self.n_responsive], -1) for part in whole), strict=True)
+        invariant, responsive = (Law(*block) for block in blocks)
+        return invariant, responsive
+
+    def past(self, batch: Batch, mechanism: Mechanism) -> tuple[Tensor, Tensor, Tensor]:
+        """Possible pasts of each cell, n, m, k; whether they were measured; and their time, n.
+
+        They are cells of the last snapshot of its condition before it. Where there is none, they are drawn
+        from the law of the first snapshot.
+        """
+        before_rt = self.times_t < batch.time_n.unsqueeze(-1) - 1e-6  # type: ignore[union-attr]
+        is_known_r = (batch.condition_n >= 0) & (batch.condition_n < len(self.filled_ct))
+        condition_r = torch.where(is_known_r, batch.condition_n, 0)
+        known_rt = self.filled_ct[condition_r] & before_rt & is_known_r.unsqueeze(-1)
+        last_r = (known_rt * torch.arange(1, len(self.times_t) + 1, device=known_rt.device)).argmax(-1)
+        is_past_r = known_rt.any(-1)
+        n_kept, n_drawn = self.memory_ctmk.shape[2], self.n_sources if self.training else None
+        chosen_m = torch.randperm(n_kept, device=last_r.device)[:n_drawn]
+        seen_rmk = self.memory_ctmk[condition_r, last_r][:, chosen_m]
+        start_rv = torch.cat([self._zeros(batch), batch.u_np @ mechanism.start_pv.detach()], -1)
+        drawn_rmk = start_rv.unsqueeze(-2) + torch.randn_like(seen_rmk)
+        past_rmk = torch.where(is_past_r[:, None, None], seen_rmk, drawn_rmk)
+        return past_rmk, is_past_r, torch.where(is_past_r, self.times_t[last_r], self.times_t[0])
+
+    def roll(
+        self, z_rmk: Tensor, u_np: Tensor, from_r: Tensor, to_r: Tensor, mechanism: Mechanism
+    ) -> tuple[Tensor, Tensor]:
+        """Draws at the last step before a time, and the length of that step in units, n."""
+        gap_r = (to_r - from_r).clamp(min=0.0) / self.unit
+        steps_r = (gap_r - 1e-3).ceil().clamp(min=1.0)
+        step_r = gap_r / steps_r
+        for done in range(1, int(steps_r.max())):
+            moved_rmk = torch.cat([law.draw() for law in self.step(z_rmk, u_np, step_r, mechanism)], -1)
+            z_rmk = torch.where((steps_r > done)[:, None, None], moved_rmk, z_rmk)
+        return z_rmk, step_r
+
+    def step(self, z_rmk: Tensor, u_np: Tensor, step_r: Tensor, mechanism: Mechanism) -> tuple[Law, Law]:
+        """Laws of z_l and z_v after one step from each past."""
+        z_rml, z_rmv = z_rmk.split([self.n_invariant, self.n_responsive], -1)
+        step_r1 = step_r.unsqueeze(-1)
+        bent_rmlk = self.invariant_map(z_rml)
+        target_rml = self.invariant_offset_l + bent_rmlk.sum(-1) + z_rml @ self.invariant_weight_ll.T
+        log_scale_rl = self.bounded(self.invariant_log_scale_l) + 0.5 * step_r1.clamp(min=1e-6).log()
+        loc_rml = z_rml + step_r1.unsqueeze(-1) * (target_rml - z_rml)
+        invariant = Law(loc_rml, log_scale_rl, torch.exp(-2 * log_scale_rl), torch.zeros_like(loc_rml))
+        return invariant, self.respond(z_rmk, z_rmv, u_np, step_r1, mechanism)
+
+    def respond(
+        self, z_rmk: Tensor, z_rmv: Tensor, u_np: Tensor, step_r1: Tensor, mechanism: Mechanism
+    ) -> Law:
+        """Laws of z_v after one step, exact for binary gates, expectations for probabilities.
+
+        A gate enters a squared residual together with the precision it sets; weighting by that precision
+        tilts its probability.
+        """
+        gate_pv, edge_vk, shift_pv, log_scale_pv, cut_pv, _, weight_vk = mechanism
+        effect_rmvk = self.responsive_map(z_rmk) + weight_vk * z_rmk.unsqueeze(-2)
+        pushed_rmv = self.responsive_offset_v + (edge_vk * effect_rmvk).sum(-1)
+        unsure_rmv = (edge_vk * (1 - edge_vk) * effect_rmvk**2).sum(-1)
+        dose_rp1 = u_np.unsqueeze(-1)
+        keep_r1v = (1 - dose_rp1 * cut_pv).prod(1).unsqueeze(1)
+        square_r1v = (1 - cut_pv * (1 - (1 - dose_rp1) ** 2)).prod(1).unsqueeze(1)  # E (1 - c(u))²
+        ratio_rpv = torch.exp(-2 * dose_rp1 * log_scale_pv)
+        share_rpv = 1 - gate_pv + gate_pv * ratio_rpv
+        tilted_rpv = gate_pv * ratio_rpv / share_rpv
+        shift_rv = (dose_rp1 * tilted_rpv * shift_pv).sum(1)
+        shift_var_rv = (dose_rp1**2 * tilted_rpv * (1 - tilted_rpv) * shift_pv**2).sum(1)
+        target_rmv = keep_r1v * pushed_rmv + shift_rv.unsqueeze(1)
+        variance_rmv = square_r1v * (pushed_rmv**2 + unsure_rmv) - keep_r1v**2 * pushed_rmv**2
+        step_r11 = step_r1.unsqueeze(-1)
+        log_step_r1 = step_r1.clamp(min=1e-6).log()
+        own_log_scale_v = self.bounded(self.responsive_log_scale_v)
+        return Law(
+            z_rmv + step_r11 * (target_rmv - z_rmv),
+            own_log_scale_v + u_np @ (gate_pv * log_scale_pv) + 0.5 * log_step_r1,
+            torch.exp(share_rpv.log().sum(1) - 2 * own_log_scale_v - log_step_r1),
+            step_r11**2 * (variance_rmv + shift_var_rv.unsqueeze(1)),
+        )
+
+    def bounded(self, log_scale_k: Tensor) -> Tensor:
+        """A log standard deviation that cannot fall below the smallest one."""
+        return torch.logaddexp(log_scale_k, torch.full_like(log_scale_k, LEAST_SCALE).log())
+
+    @torch.no_grad()
+    def remember(self, batch: Batch, z_nk: Tensor) -> None:
+        """Keep the draws of the cells as possible pasts of others."""
+        if not self.training:
+            return
+        z_nk = z_nk if z_nk.dim() == 2 else z_nk[0]
+        place = (batch.condition_n, self.snapshot(batch.time_n))
+        new_n = ~self.filled_ct[place]
+        if new_n.any():
+            first = (place[0][new_n], place[1][new_n])
+            self.memory_ctmk[first] = z_nk[new_n].unsqueeze(1)
+            self.filled_ct[first] = True
+        slot_n = torch.randint(self.memory_ctmk.shape[2], new_n.shape, device=new_n.device)
+        self.memory_ctmk[(*place, slot_n)] = z_nk
+
+    def snapshot(self, time_n: Tensor | None) -> Tensor:
+        """Index of the snapshot nearest to each time."""
+        assert time_n is not None
+        return (self.times_t - time_n.unsqueeze(-1)).abs().argmin(-1)
+
+    @torch.no_grad()
+    def roll_out(self, z_nk: Tensor, batch: Batch, from_n: Tensor) -> Tensor:
+        """Draws of the programmes at the batch's times and perturbations, from programmes at earlier times.
+
+        Args:
+            z_nk: Programmes to start from.
+            batch: Design and times to go to.
+            from_n: Times to start from.
+        """
+        assert batch.time_n is not None
+        mechanism = self.mechanism()
+        z_nmk, step_n = self.roll(z_nk.unsqueeze(1), batch.u_np, from_n, batch.time_n, mechanism)
+        laws = self.step(z_nmk, batch.u_np, step_n, mechanism)
+        moved_nk = torch.cat([law.draw() for law in laws], -1).squeeze(1)
+        return torch.where((batch.time_n > from_n + 1e-6).unsqueeze(-1), moved_nk, z_nk)
+
+    def _zeros(self, batch: Batch) -> Tensor:
+        return batch.u_np.new_zeros(batch.n_cells, self.n_invariant)
+
+    def programme_names(self) -> list[str]:
+        """Names in the order of the latents: invariant ones first."""
+        blocks = (("invariant", self.n_invariant), ("responsive", self.n_responsive))
+        return [f"{block}_{i + 1}" for block, n in blocks for i in range(n)]
+
+    def hold_gates_open(self, held: bool) -> None:
+        """While the axes are sought every snapshot of every condition has a law of its own."""
+        self.axes_sought = held
+
+    @torch.no_grad()
+    def rotate(self, map_kk: Tensor, offset_k: Tensor) -> None:
+        """Take over new axes: (z_l, z_v) becomes ``z @ map_kk.T + offset_k``, with the same p(x | z)."""
+        self.decoder.rotate(map_kk, offset_k)
+        self.memory_ctmk.copy_(self.memory_ctmk @ map_kk.T + offset_k)

@@ -1,0 +1,245 @@
+r"""What a description of the targets says about their effects, so that an unmeasured target has a prediction.
+
+Each target p comes with a row e_p of a table. The effect of a target on a programme is expected to be linear
+in its row, and an edge is the more likely the larger the expected effect:
+
+.. math::
+    B_{ke} &\sim \mathrm{Normal}(0, \lambda), \qquad a_{pk} = B_k^T (e_p, 1)
+        && \text{what the description says} \\
+    \gamma_{pk} &\sim \mathrm{Bernoulli}(\mathrm{logit}^{-1}(c_k + d\, a_{pk}^2))
+        && \text{is there an effect?} \\
+    \mu_{pk} &\sim \mathrm{Normal}(a_{pk}, \tau) && \text{the effect, where there is one}
+
+λ, τ, c and d are latent as well. A table that says nothing is found out: λ goes to zero, every a_p to the
+intercept, and τ to the spread of all effects.
+
+A model calls :func:`expected_effects` and :func:`expected_gates` in place of its priors; a guide owns an
+:class:`EffectMapGuide` and a :class:`GateCurveGuide`, which sample the same sites. A target without training
+cells is given its prior there, given the draw of B: a prediction, as uncertain as the model says.
+"""
+
+import math
+from collections.abc import Sequence
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_causalcell.batch import MOST_COLUMNS
+
+__all__ = [
+    "EffectMapGuide",
+    "GateCurveGuide",
+    "expected_effects",
+    "expected_gates",
+    "seen_targets",
+    "squared_size",
+    "standardised",
+]
+
+LOG_SPREAD = 0.7
+"""Prior standard deviation of log λ and log τ around log(scale / 2)."""
+LEAST_EFFECT = 0.05
+"""Effects below this, in standard deviations of a programme, say nothing about what embeddings explain."""
+GATE_CURVE = ((-2.0, 2.0), (0.0, 1.0))
+"""Prior mean and standard deviation of c, and of log d."""
+
+
+def standardised(embedding_pe: Tensor, seen_p: Tensor) -> Tensor:
+    """A table as models use it: the principal components of its columns, standardised over the seen targets.
+
+    Columns get mean 0 and standard deviation 1 over the targets with training cells; one that is the same for
+    all of them says nothing and becomes zero. The table is then turned to its principal axes over these
+    targets, which leaves the prior of a linear function as it is and makes its posterior one of independent
+    coefficients. Of wide tables the leading components are kept. Seen targets have a mean squared length of 1
+    before that, so that λ means the same for every table.
+
+    Args:
+        embedding_pe: One row per target, as given.
+        seen_p: Whether a target has training cells.
+
+    Returns:
+        Shape p, min(e, ``MOST_COLUMNS``).
+    """
+    table_pe = embedding_pe.double()
+    seen_se = table_pe[seen_p]
+    sd_e = seen_se.std(0, correction=0)
+    varies_e = sd_e > 1e-8 * seen_se.abs().amax(0)
+    table_pe = torch.where(varies_e, (table_pe - seen_se.mean(0)) / sd_e.where(varies_e, 1.0), 0.0)
+    table_pe = table_pe / math.sqrt(max(int(varies_e.sum()), 1))
+    axes_ee = torch.linalg.svd(table_pe[seen_p], full_matrices=True)[2]
+    return (table_pe @ axes_ee.T)[:, :MOST_COLUMNS].to(embedding_pe.dtype)
+
+
+def seen_targets(n_targets: int, target_cells: tuple[float, ...]) -> Tensor:
+    """Whether each target has training cells, bool p; all have where the numbers are not known (``()``)."""
+    return torch.tensor(target_cells or [1.0] * n_targets) > 0
+
+
+def expected_effects(
+    name: str, embedding_pe: Tensor, shape: tuple[int, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    """p(λ, τ) p(B) in a model: what the embeddings say of effects, and how far effects lie from it.
+
+    Args:
+        name: Site of the effects; the sites here are ``<name>_log_scales`` (log λ, log τ) and ``<name>_map``
+            (one row of B for each effect, the intercept last).
+        embedding_pe: Standardised embeddings.
+        shape: Shape of one target's effects.
+        scale: Prior standard deviation that the effects would have without embeddings.
+
+    Returns:
+        Expected effects, shape p, ``*shape``, and τ, a scalar.
+    """
+    n_effects, n_features = math.prod(shape), embedding_pe.shape[1] + 1
+    start = embedding_pe.new_full((2,), math.log(scale / 2))
+    log_scales = pyro.sample(f"{name}_log_scales", dist.Normal(start, LOG_SPREAD).to_event(1))  # p(λ, τ)
+    sd_f = torch.cat([log_scales[:1].exp().expand(n_features - 1), log_scales.new_tensor([scale])])
+    normal = dist.Normal(sd_f.new_zeros(n_effects, n_features), sd_f)
+    map_df = pyro.sample(f"{name}_map", normal.to_event(2))  # p(B | λ)
+    return _mapped(embedding_pe, map_df, shape), log_scales[1].exp()
+
+
+def expected_gates(name: str, square_pk: Tensor) -> Tensor:
+    """p(c, d) in a model: logits of the gates, c_k + d a².
+
+    Args:
+        name: Site of the gates; the site here is ``<name>_curve`` (c of each programme, log d last).
+        square_pk: Squared expected effects a².
+    """
+    mean, sd = _curve_prior(square_pk.shape[1]).to(square_pk.device)
+    return _curve(pyro.sample(f"{name}_curve", dist.Normal(mean, sd).to_event(1)), square_pk)
+
+
+def squared_size(expected: Sequence[Tensor], like_pv: Tensor) -> Tensor:
+    """Squared size of a change of several parts, shape p, v: squares summed over parts and further axes.
+
+    Args:
+        expected: Expected effects, each p, v, ...
+        like_pv: Any tensor of the result's shape.
+    """
+    square_pv = torch.zeros_like(like_pv)
+    for effect in expected:
+        square_pv = square_pv + effect.reshape(*like_pv.shape, -1).square().sum(-1)
+    return square_pv
+
+
+class EffectMapGuide(PyroModule):
+    r"""q(λ, τ) q(B | effects): Bayesian ridge regression of what the guide finds on the embeddings.
+
+    .. math::
+        y_{pk} = \mathrm{E}[\gamma_{pk} \mu_{pk}] = B_k^T (e_p, 1) + \epsilon_{pk}, \qquad
+        B_k \sim \mathrm{Normal}(0, \rho_k \sigma_k^2), \quad
+        \epsilon_{pk} \sim \mathrm{Normal}(0, \sigma_k^2)
+
+    over the targets with training cells; the constant has a flat prior. ρ and σ are those of the largest
+    evidence for each programme, so that a table without information is given none. What is not there counts
+    as a zero: an effect that the embeddings predict and nobody finds speaks against them. In the axes of
+    :func:`standardised` the posterior of B has independent coefficients.
+
+    Args:
+        name: As in :func:`expected_effects`.
+        seen_p: Whether a target has training cells.
+
+    Source: MacKay, Neural Computation 4, 1992 (evidence for the ridge).
+    """
+
+    seen_p: Tensor
+
+    def __init__(self, name: str, seen_p: Tensor):
+        super().__init__()
+        self.site = name
+        self.register_buffer("seen_p", seen_p)
+        self.log_scales_loc = PyroParam(torch.zeros(2))
+        self.log_scales_sd = PyroParam(torch.full((2,), 0.1), constraint=constraints.positive)
+
+    def forward(
+        self, embedding_pe: Tensor, open_p: Tensor, loc_p: Tensor, scale_p: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples q(λ, τ) and q(B); the prior takes the place of what was never measured.
+
+        Args:
+            embedding_pe: Standardised embeddings.
+            open_p: Probability that each effect is there, shape p, ...
+            loc_p: Mean of each effect where it is there.
+            scale_p: Its standard deviation.
+
+        Returns:
+            Mean and standard deviation of the effects, those of unseen targets from their embeddings; and
+            the expected effects of all targets.
+        """
+        normal = dist.Normal(self.log_scales_loc, self.log_scales_sd)
+        log_scales = pyro.sample(f"{self.site}_log_scales", normal.to_event(1))  # q(λ, τ)
+        with torch.no_grad():  # the regression follows the effects; they do not follow it
+            mean_df, sd_df = _regression(embedding_pe, (open_p * loc_p).flatten(1), self.seen_p)
+        map_df = pyro.sample(f"{self.site}_map", dist.Normal(mean_df, sd_df).to_event(2))  # q(B)
+        expected_p = _mapped(embedding_pe, map_df, loc_p.shape[1:])
+        seen_p = self.seen_p.reshape(-1, *[1] * (loc_p.dim() - 1))
+        loc_p = torch.where(seen_p, loc_p, expected_p)
+        return loc_p, torch.where(seen_p, scale_p, log_scales[1].exp()), expected_p
+
+
+class GateCurveGuide(PyroModule):
+    """q(c, d), and gates of unseen targets from their expected effects.
+
+    Args:
+        name: As in :func:`expected_gates`.
+        n_programmes: Programmes k.
+        seen_p: Whether a target has training cells.
+    """
+
+    seen_p: Tensor
+
+    def __init__(self, name: str, n_programmes: int, seen_p: Tensor):
+        super().__init__()
+        self.site = name
+        self.register_buffer("seen_p", seen_p)
+        self.curve_loc = PyroParam(_curve_prior(n_programmes)[0])
+        self.curve_sd = PyroParam(torch.full((n_programmes + 1,), 0.1), constraint=constraints.positive)
+
+    def forward(self, square_pk: Tensor, logit_pk: Tensor) -> Tensor:
+        """Samples q(c, d); logits of the gates, those of unseen targets from what is expected of them."""
+        curve = pyro.sample(f"{self.site}_curve", dist.Normal(self.curve_loc, self.curve_sd).to_event(1))
+        return torch.where(self.seen_p.unsqueeze(-1), logit_pk, _curve(curve, square_pk))
+
+
+def _regression(embedding_pe: Tensor, effect_pd: Tensor, seen_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior means and standard deviations of B, the constant last, each d, e+1.
+
+    Columns of the seen rows are orthogonal and have mean 0, so each coefficient is a regression of its own.
+    """
+    seen_p1 = seen_p.unsqueeze(1).to(embedding_pe.dtype)
+    n_seen = seen_p1.sum()
+    mean_d = (seen_p1 * effect_pd).sum(0) / n_seen
+    centred_pd = seen_p1 * (effect_pd - mean_d)
+    size_e = (seen_p1 * embedding_pe**2).sum(0)
+    moment_de = centred_pd.T @ embedding_pe
+    explained_de = moment_de**2 / size_e.clamp(min=1e-6)
+    rest_d = (centred_pd**2).sum(0) - explained_de.sum(1)
+    rest_d = rest_d.clamp(min=0) + n_seen * LEAST_EFFECT**2
+    ratio_r11 = torch.logspace(-3, 3, 25, device=size_e.device).reshape(-1, 1, 1)  # ρ
+    square_rd = rest_d + (explained_de / (1 + ratio_r11 * size_e)).sum(-1)
+    evidence_rd = -(torch.log1p(ratio_r11 * size_e).sum(-1) + n_seen * square_rd.log()) / 2
+    ratio_d1 = (evidence_rd.softmax(0) * ratio_r11.squeeze(-1).log()).sum(0).exp().unsqueeze(1)
+    square_d = rest_d + (explained_de / (1 + ratio_d1 * size_e)).sum(-1)
+    noise_d1 = (square_d / n_seen).sqrt().unsqueeze(1)
+    precision_de = size_e + 1 / ratio_d1
+    mean_df = torch.cat([moment_de / precision_de, mean_d.unsqueeze(1)], 1)
+    return mean_df, noise_d1 * torch.cat([precision_de.rsqrt(), n_seen.rsqrt().expand_as(noise_d1)], 1)
+
+
+def _mapped(embedding_pe: Tensor, map_df: Tensor, shape: tuple[int, ...]) -> Tensor:
+    linear_pd = embedding_pe @ map_df[:, :-1].T + map_df[:, -1]
+    return linear_pd.reshape(len(embedding_pe), *shape)
+
+
+def _curve_prior(n_programmes: int) -> Tensor:
+    """Prior means and standard deviations of c of each programme and of log d, shape 2, k+1."""
+    return torch.tensor([*[GATE_CURVE[0]] * n_programmes, GATE_CURVE[1]]).T.contiguous()
+
+
+def _curve(curve: Tensor, square_pk: Tensor) -> Tensor:
+    return curve[:-1] + curve[-1].exp() * square_pk

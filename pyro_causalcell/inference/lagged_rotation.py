@@ -1,0 +1,371 @@
+"""Axes for programmes that evolve: blocks, lagged effects and changes read off the moments of snapshots."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_causalcell.batch import LaggedMechanisms, Rotation
+from pyro_causalcell.inference.warm_start import inverse_root, refine, single_precision, unchanged_first
+
+__all__ = ["lagged_rotation"]
+
+ALTERED_ABOVE, RESCALED_ABOVE, CUT_ABOVE = 0.4, 0.25, 0.5
+"""Shifts and changes of the log standard deviation that count, and the share of the parents' effect cut."""
+SHARPEST = 0.15
+"""Width of the penalty on shifts at the end: what is much larger costs log(n) / 2, whatever its size."""
+CLEAR_CUT = 5.0
+"""How many times its expectation the statistic of a test for dependence on the background must be."""
+ROUNDS = 5
+"""Lagged effects and axes are found in turns: robust regression needs the axes, the axes need the effects."""
+STEPS = (500, 900)
+"""Gradient steps of all starts, and of the best one."""
+RIDGE = 1e-3
+"""Ridge of the regression of means on earlier means, as a share of their sum of squares."""
+
+
+class _Snapshots(NamedTuple):
+    """Moments of the cells of each condition c at each time t; not a number where there are few cells."""
+
+    design_cp: np.ndarray
+    size_ct: np.ndarray
+    mean_ctk: np.ndarray
+    covariance_ctkk: np.ndarray
+
+    def mapped(self, map_jk: np.ndarray) -> "_Snapshots":
+        return self._replace(
+            mean_ctk=self.mean_ctk @ map_jk.T, covariance_ctkk=map_jk @ self.covariance_ctkk @ map_jk.T
+        )
+
+
+def lagged_rotation(
+    z_nk: Tensor,
+    u_np: Tensor,
+    time_n: Tensor,
+    n_invariant: int,
+    *,
+    variance_k: Tensor,
+    n_starts: int = 4,
+    seed: int = 0,
+) -> Rotation:
+    """Find axes of which some are untouched by perturbations, while few mechanisms of the rest change.
+
+    Invariant programmes are those whose law under every perturbation is control's at the same time. For the
+    others a linear temporal SCM is fitted to the moments of the snapshots: from one snapshot of a condition
+    to the next, mean and covariance follow m' = F(u) m + b + s(u) and C' = F(u) C F(u)ᵀ + Q(u). The axes are
+    part of the fit, as are shifts, changes of noise, cuts and lagged effects, which a penalty keeps few. What
+    the background contributes to a responsive programme would be open if no perturbation cut the programme
+    off its parents.
+
+    The fit starts from the regression of differences from control, d' = F d + s, with an intercept for each
+    condition, turned until the shifts are sparse.
+
+    Args:
+        z_nk: Posterior means of the training cells.
+        u_np: Their design; control cells are zero.
+        time_n: Their times.
+        n_invariant: Invariant programmes l.
+        variance_k: Average posterior variance of each latent, which the means do not show.
+        n_starts: Starts of the fit; the best one is kept.
+        seed: Seed of the starts.
+
+    Returns:
+        The map, the offset, the shifts of all programmes, and the lagged mechanisms. Control cells are
+        standard normal at the first snapshot.
+    """
+    z, u = z_nk.double().cpu().numpy(), u_np.double().cpu().numpy()
+    extra_kk = np.diag(variance_k.double().cpu().numpy())
+    seen = _moments(z, u, time_n.cpu().numpy(), extra_kk)
+    centre_k = seen.mean_ctk[0, 0].copy()
+    seen = seen._replace(mean_ctk=seen.mean_ctk - centre_k)
+    whiten_kk = inverse_root(seen.covariance_ctkk[0, 0])
+    map_kk = _blocks(seen.mapped(whiten_kk), n_invariant).T @ whiten_kk
+    found = _MomentFit.best(seen.mapped(map_kk), n_invariant, n_starts, np.random.default_rng(seed))
+    map_kk = found.map_kk() @ map_kk
+    seen = seen.mapped(map_kk)
+    sd_k = np.sqrt(np.diagonal(seen.covariance_ctkk[0, 0]))
+    map_kk, sd_v = map_kk / sd_k[:, None], sd_k[n_invariant:]
+    start_cv = (seen.mean_ctk[1:, 0] - seen.mean_ctk[0, 0])[:, n_invariant:] / sd_v
+    shift_pv, cut_pv = found["shift_pv"] / sd_v, found.cut() > CUT_ABOVE
+    log_scale_pv = found["log_scale_pv"]
+    altered_pv = (np.abs(shift_pv) > ALTERED_ABOVE) | (np.abs(log_scale_pv) > RESCALED_ABOVE)
+    mechanisms = LaggedMechanisms(
+        torch.as_tensor(altered_pv),
+        single_precision(np.where(altered_pv, shift_pv, 0.0)),
+        single_precision(np.where(altered_pv, log_scale_pv, 0.0)),
+        torch.as_tensor(cut_pv),
+        single_precision(_by_target(seen.design_cp[1:], start_cv)),
+        single_precision(found["weight_vk"] * sd_k / sd_v[:, None]),
+    )
+    shift_pk = np.pad(shift_pv, ((0, 0), (n_invariant, 0)))
+    axes = (single_precision(part) for part in (map_kk, -map_kk @ centre_k, shift_pk))
+    return Rotation(next(axes), next(axes), next(axes), mechanisms).to(z_nk.device)
+
+
+def _moments(z: np.ndarray, u: np.ndarray, time_n: np.ndarray, extra_kk: np.ndarray) -> _Snapshots:
+    """Moments of every condition at every time, control first."""
+    design_cp, condition_n = np.unique(u, axis=0, return_inverse=True)
+    times, time_index_n = np.unique(time_n, return_inverse=True)
+    k, shape = len(extra_kk), (len(design_cp), len(times))
+    size_ct = np.zeros(shape)
+    mean_ctk, covariance_ctkk = np.full((*shape, k), np.nan), np.full((*shape, k, k), np.nan)
+    for c, t in np.ndindex(shape):
+        cells = z[(condition_n.ravel() == c) & (time_index_n == t)]
+        size_ct[c, t] = len(cells)
+        if len(cells) > k:
+            mean_ctk[c, t], covariance_ctkk[c, t] = cells.mean(0), np.cov(cells.T) + extra_kk
+    return _Snapshots(design_cp, size_ct, mean_ctk, covariance_ctkk)
+
+
+def _blocks(seen: _Snapshots, n_invariant: int) -> np.ndarray:
+    """Orthogonal axes in columns, those first that are as in control at the same time."""
+    moved = (seen.mean_ctk - seen.mean_ctk[0])[1:]
+    excess = (seen.covariance_ctkk - seen.covariance_ctkk[0])[1:]
+    known = np.isfinite(moved).all(-1)
+    if not known.any():  # control alone: any axes will do
+        return np.eye(moved.shape[-1])
+    return unchanged_first(moved[known], excess[known], seen.size_ct[1:][known], n_invariant)
+
+
+def _by_target(design_cp: np.ndarray, value_cv: np.ndarray) -> np.ndarray:
+    """What each target adds, where combinations add up."""
+    by_target_pv: np.ndarray = np.linalg.lstsq(design_cp, np.nan_to_num(value_cv), rcond=None)[0]
+    return by_target_pv
+
+
+def _lagged(moved_ctv: np.ndarray) -> np.ndarray:
+    """F of d' = F d + s by least squares with an intercept for each condition.
+
+    A condition that cuts parents does not follow it: in each row, conditions are weighed down by what they
+    leave.
+    """
+    n_v = moved_ctv.shape[2]
+    before, after = moved_ctv[:, :-1], moved_ctv[:, 1:]
+    known_ct = np.isfinite(before).all(-1) & np.isfinite(after).all(-1)
+    known_ct &= known_ct.sum(1, keepdims=True) > 1  # with one transition the intercept takes it all
+    before, after = (_less_mean(part, known_ct) for part in (before, after))
+    gram_cvv, cross_cvv = np.einsum("ctj,ctk->cjk", before, before), np.einsum("cti,ctk->cik", after, before)
+    weight_cv = np.ones_like(moved_ctv[:, 0])
+    lagged_vv = 0.5 * np.eye(n_v)
+    for _ in range(20 if known_ct.any() else 0):
+        for v in range(n_v):
+            gram_vv = np.tensordot(weight_cv[:, v], gram_cvv, 1)
+            ridge = RIDGE * np.trace(gram_vv)
+            cross_v = np.tensordot(weight_cv[:, v], cross_cvv[:, v], 1) + 0.5 * ridge * np.eye(n_v)[v]
+            lagged_vv[v] = np.linalg.solve(gram_vv + ridge * np.eye(n_v), cross_v)
+        left_cv = np.sqrt(((after - before @ lagged_vv.T) ** 2).sum(1))
+        weight_cv = 1 / (left_cv + np.median(left_cv[known_ct.any(1)], 0) + 1e-9)
+    return lagged_vv
+
+
+def _less_mean(value_ctv: np.ndarray, known_ct: np.ndarray) -> np.ndarray:
+    """Differences from the mean over time; zero where something is not known."""
+    known_ct1 = known_ct[..., None]
+    value_ctv = np.where(known_ct1, value_ctv, 0.0)
+    mean_c1v = value_ctv.sum(1, keepdims=True) / np.maximum(known_ct1.sum(1, keepdims=True), 1)
+    return np.where(known_ct1, value_ctv - mean_c1v, 0.0)
+
+
+def _innovations(moved_ctv: np.ndarray, lagged_vv: np.ndarray) -> np.ndarray:
+    """s of each condition: the mean over its transitions; where there is none, its first difference."""
+    left_ctv = moved_ctv[:, 1:] - moved_ctv[:, :-1] @ lagged_vv.T
+    known_ct1 = np.isfinite(left_ctv).all(-1)[..., None]
+    mean_cv = np.where(known_ct1, left_ctv, 0.0).sum(1) / np.maximum(known_ct1.sum(1), 1)
+    return np.where(known_ct1.any(1), mean_cv, np.nan_to_num(moved_ctv[:, 0]))
+
+
+def _noise(seen: _Snapshots, lagged_vv: np.ndarray) -> np.ndarray:
+    """Covariance of the innovations of control's responsive programmes, kept positive."""
+    n_v = len(lagged_vv)
+    control_tvv = seen.covariance_ctkk[0][:, -n_v:, -n_v:]
+    noise_tvv = control_tvv[1:] - lagged_vv @ control_tvv[:-1] @ lagged_vv.T
+    values, vectors = np.linalg.eigh(np.nanmean(noise_tvv, 0))
+    noise_vv: np.ndarray = vectors * np.maximum(values, 0.1 * values.max()) @ vectors.T
+    return noise_vv
+
+
+def _turn(
+    shift_pv: np.ndarray, noise_vv: np.ndarray, rng: np.random.Generator, n_starts: int = 20
+) -> np.ndarray:
+    """Axes in rows in which innovations are independent and their shifts sparsest."""
+    n_v, whiten_vv = len(noise_vv), inverse_root(noise_vv)
+    if not len(shift_pv):
+        return whiten_vv
+    white_pv = shift_pv @ whiten_vv
+    starts = [np.linalg.qr(rng.standard_normal((n_v, n_v)))[0] for _ in range(n_starts)]
+    turns = [refine(white_pv, start, True) for start in starts]
+    axes_vv = (whiten_vv @ min(turns, key=lambda r: np.abs(white_pv @ r).sum())).T
+    unit_vv: np.ndarray = axes_vv / np.linalg.norm(axes_vv, axis=1, keepdims=True)
+    return unit_vv
+
+
+def _background(seen: _Snapshots, shift_pv: np.ndarray, n_invariant: int) -> np.ndarray:
+    """What of the background has been counted to each responsive programme, v, l.
+
+    A programme that a perturbation cuts off its parents is independent of the background; what it still
+    follows from the background then was counted to it.
+    """
+    n_v = shift_pv.shape[1]
+    largest_p1 = np.abs(shift_pv).max(1, keepdims=True, initial=1.0)
+    own_pv = np.abs(shift_pv) > 0.35 * largest_p1
+    slope_vl, clearest_v = np.zeros((n_v, n_invariant)), np.full(n_v, CLEAR_CUT * n_invariant)
+    for c, design_p in enumerate(seen.design_cp):
+        known_t = np.isfinite(seen.mean_ctk[c]).all(-1)
+        n_cells = seen.size_ct[c, known_t].sum()
+        for v in np.flatnonzero(design_p @ own_pv) if n_cells else ():
+            covariance_kk = np.tensordot(
+                seen.size_ct[c, known_t] / n_cells, seen.covariance_ctkk[c, known_t], 1
+            )
+            own_ll, both_l = (
+                covariance_kk[:n_invariant, :n_invariant],
+                covariance_kk[n_invariant + v, :n_invariant],
+            )
+            slope_l = np.linalg.solve(own_ll, both_l)
+            explained = both_l @ slope_l
+            statistic = (
+                n_cells * explained / max(covariance_kk[n_invariant + v, n_invariant + v] - explained, 1e-9)
+            )
+            if statistic > clearest_v[v]:
+                slope_vl[v], clearest_v[v] = slope_l, statistic
+    return slope_vl
+
+
+class _MomentFit(dict[str, np.ndarray]):
+    """Parameters of the linear temporal SCM that moments are fitted with."""
+
+    loss: float = np.inf
+
+    @classmethod
+    def best(
+        cls, seen: _Snapshots, n_invariant: int, n_starts: int, rng: np.random.Generator
+    ) -> "_MomentFit":
+        """The best of several starts."""
+        moved_ctv = (seen.mean_ctk - seen.mean_ctk[0])[1:, :, n_invariant:]
+        turn_vv = np.eye(moved_ctv.shape[2])
+        for _ in range(ROUNDS):
+            back_vv = np.linalg.inv(turn_vv)
+            lagged_vv = back_vv @ _lagged(moved_ctv @ turn_vv.T) @ turn_vv
+            shift_pv = _by_target(seen.design_cp[1:], _innovations(moved_ctv, lagged_vv))
+            turn_vv = _turn(shift_pv, _noise(seen, lagged_vv), rng)
+        fits = []
+        for start in range(n_starts):
+            if start:
+                turn_vv = (
+                    turn_vv @ np.linalg.qr(np.eye(len(turn_vv)) + 0.4 * rng.standard_normal(turn_vv.shape))[0]
+                )
+            turned = cls.start(turn_vv, np.zeros((len(turn_vv), n_invariant)), lagged_vv, shift_pv)
+            background_vl = -_background(seen.mapped(turned.map_kk()), turned["shift_pv"], n_invariant)
+            first = cls.start(turn_vv, background_vl, lagged_vv, shift_pv)
+            fits.append(first.fitted(seen, STEPS[0], sum(STEPS)))
+        return min(fits, key=lambda fit: fit.loss).fitted(seen, STEPS[1], sum(STEPS), STEPS[0])
+
+    @classmethod
+    def start(
+        cls, turn_vv: np.ndarray, background_vl: np.ndarray, lagged_vv: np.ndarray, shift_pv: np.ndarray
+    ) -> "_MomentFit":
+        """Lagged effects and shifts are given in the axes of the blocks."""
+        n_v, n_l = background_vl.shape
+        shift_pv = shift_pv @ turn_vv.T
+        return cls(
+            turn_vv=turn_vv,
+            background_vl=background_vl,
+            weight_vk=np.pad(turn_vv @ lagged_vv @ np.linalg.inv(turn_vv), ((0, 0), (n_l, 0))),
+            weight_ll=0.7 * np.eye(n_l),
+            offset_k=np.zeros(n_l + n_v),
+            log_scale_k=np.full(n_l + n_v, -0.3),
+            shift_pv=shift_pv,
+            log_scale_pv=np.zeros_like(shift_pv),
+            cut_logit_pv=np.full_like(shift_pv, -1.0),
+        )
+
+    def map_kk(self) -> np.ndarray:
+        """From the axes of the blocks to those of the fit."""
+        n_v, n_l = self["background_vl"].shape
+        map_kk: np.ndarray = np.block(
+            [[np.eye(n_l), np.zeros((n_l, n_v))], [self["background_vl"], self["turn_vv"]]]
+        )
+        return map_kk
+
+    def cut(self) -> np.ndarray:
+        """Share of the parents' effect that a perturbation takes away."""
+        cut_pv: np.ndarray = 1 / (1 + np.exp(-self["cut_logit_pv"]))
+        return cut_pv
+
+    def fitted(
+        self, seen: _Snapshots, n_steps: int, n_total: int, n_before: int = 0, lr: float = 0.03
+    ) -> "_MomentFit":
+        """The parameters after some of the gradient steps of a run; the penalty sharpens over the run."""
+        place = _Transitions.of(seen)
+        part = {name: torch.tensor(value, requires_grad=True) for name, value in self.items()}
+        optimizer = torch.optim.Adam(part.values(), lr=lr)
+        loss = torch.zeros(())
+        for step in range(n_before, n_before + n_steps):
+            share = step / n_total
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - share)) + 1e-4
+            width = max(SHARPEST, 0.6 * (1 - share / 0.6))
+            loss = place.misfit(part) + place.penalty(part, width)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        fit = _MomentFit({name: value.detach().numpy() for name, value in part.items()})
+        fit.loss = float(loss.detach())
+        return fit
+
+
+class _Transitions(NamedTuple):
+    """Moments before and after each transition r between successive snapshots of a condition."""
+
+    u_rp: Tensor
+    size_r: Tensor
+    mean_rk: Tensor
+    covariance_rkk: Tensor
+    later_mean_rk: Tensor
+    later_covariance_rkk: Tensor
+
+    @classmethod
+    def of(cls, seen: _Snapshots) -> "_Transitions":
+        known_ct = np.isfinite(seen.mean_ctk).all(-1)
+        c, t = (known_ct[:, :-1] & known_ct[:, 1:]).nonzero()
+        moments = (seen.mean_ctk, seen.covariance_ctkk)
+        parts = [seen.design_cp[c], seen.size_ct[c, t + 1]]
+        parts += [moment[c, t + after] for after in (0, 1) for moment in moments]
+        return cls(*map(torch.as_tensor, parts))
+
+    def misfit(self, part: dict[str, Tensor]) -> Tensor:
+        """Nats per cell of the normal laws that the parameters predict, in the axes of the blocks."""
+        n_v, n_l = part["background_vl"].shape
+        n_r = len(self.u_rp)
+        identity = torch.eye(n_l, dtype=torch.float64)
+        first_lk = torch.cat([identity, identity.new_zeros(n_l, n_v)], 1)
+        map_kk = torch.cat([first_lk, torch.cat([part["background_vl"], part["turn_vv"]], 1)])
+        keep_rv = (1 - self.u_rp.unsqueeze(-1) * part["cut_logit_pv"].sigmoid()).prod(1)
+        keep_rk = torch.cat([keep_rv.new_ones(n_r, n_l), keep_rv], 1)
+        own_lk = torch.cat([part["weight_ll"], identity.new_zeros(n_l, n_v)], 1)
+        weight_rkk = keep_rk.unsqueeze(-1) * torch.cat([own_lk, part["weight_vk"]])
+        shift_rk = torch.nn.functional.pad(self.u_rp @ part["shift_pv"], (n_l, 0))
+        noise_rk = part["log_scale_k"] + torch.nn.functional.pad(self.u_rp @ part["log_scale_pv"], (n_l, 0))
+        before_rk = self.mean_rk @ map_kk.T
+        mean_rk = (weight_rkk @ before_rk.unsqueeze(-1)).squeeze(-1) + keep_rk * part["offset_k"] + shift_rk
+        spread_rkk = weight_rkk @ (map_kk @ self.covariance_rkk @ map_kk.T) @ weight_rkk.mT
+        root_rkk = torch.linalg.cholesky(spread_rkk + torch.diag_embed(torch.exp(2 * noise_rk)))
+        left_rk1 = (self.later_mean_rk @ map_kk.T - mean_rk).unsqueeze(-1)
+        later_rkk = torch.linalg.cholesky(map_kk @ self.later_covariance_rkk @ map_kk.T)
+        white = torch.linalg.solve_triangular(root_rkk, torch.cat([later_rkk, left_rk1], -1), upper=False)
+        nats_r = root_rkk.diagonal(dim1=-2, dim2=-1).log().sum(-1) + (white**2).sum((-1, -2)) / 2
+        return (self.size_r * nats_r).sum() / self.size_r.sum() - torch.linalg.slogdet(part["turn_vv"])[1]
+
+    def penalty(self, part: dict[str, Tensor], width: float) -> Tensor:
+        """About log(n) / 2 nats for each shift, change of noise and lagged effect, twice that for a cut."""
+        n_v, n_l = part["background_vl"].shape
+        others_vk = 1 - torch.nn.functional.pad(torch.eye(n_v, dtype=torch.float64), (n_l, 0))
+        counted = sum(_counted(part[name], width).sum() for name in ("shift_pv", "log_scale_pv"))
+        counted = counted + 2 * part["cut_logit_pv"].sigmoid().sum()
+        counted = counted + (others_vk * _counted(part["weight_vk"], width / 2)).sum()
+        return self.size_r.sum().log() / 2 * counted / self.size_r.sum()
+
+
+def _counted(value: Tensor, width: float) -> Tensor:
+    """1 for what is much larger than the width, 0 for what is much smaller."""
+    square = value**2
+    return square / (square + width**2)

@@ -1,0 +1,138 @@
+"""What embeddings of targets say: the standardised table, the regression behind q(B), priors and guides."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from sklearn.linear_model import Ridge
+
+from pyro_causalcell import embeddings
+from pyro_causalcell.embeddings import (
+    EffectMapGuide,
+    GateCurveGuide,
+    expected_effects,
+    expected_gates,
+    seen_targets,
+    squared_size,
+    standardised,
+)
+
+SEEN = torch.tensor([True, True, False, True, True, True])
+
+
+def _table(n_columns: int = 3) -> torch.Tensor:
+    return torch.randn(len(SEEN), n_columns, generator=torch.Generator().manual_seed(0)) * 4 + 7
+
+
+def test_standardised_tables_keep_distances_between_standardised_rows():
+    table_pe = _table()
+    found = standardised(table_pe, SEEN)
+    plain = (table_pe - table_pe[SEEN].mean(0)) / table_pe[SEEN].std(0, correction=0) / math.sqrt(3)
+    torch.testing.assert_close(torch.cdist(found, found), torch.cdist(plain, plain), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[SEEN].mean(0), torch.zeros(3), atol=1e-6, rtol=0)
+    assert float(found[SEEN].square().sum(1).mean()) == pytest.approx(1.0)
+    gram_ee = found[SEEN].T @ found[SEEN]
+    torch.testing.assert_close(gram_ee, gram_ee.diagonal().diag_embed(), atol=1e-5, rtol=0)
+
+
+def test_unseen_targets_have_no_say_in_how_a_table_is_standardised():
+    table_pe, moved_pe = _table(), _table()
+    moved_pe[2] += 100.0
+    torch.testing.assert_close(standardised(table_pe, SEEN)[SEEN], standardised(moved_pe, SEEN)[SEEN])
+
+
+def test_constant_columns_become_zero_and_wide_tables_are_cut(monkeypatch):
+    table_pe = torch.cat([_table(), torch.full((6, 1), 5.0)], 1)
+    torch.testing.assert_close(
+        standardised(table_pe, SEEN).square().sum(1), standardised(_table(), SEEN).square().sum(1)
+    )
+    monkeypatch.setattr(embeddings, "MOST_COLUMNS", 2)
+    kept = standardised(_table(), SEEN)
+    assert kept.shape == (6, 2) and bool((kept[SEEN].var(0) > 0.05).all())
+
+
+def test_the_map_is_the_ridge_of_scikit_learn_at_its_penalty():
+    torch.manual_seed(1)
+    table_pe = standardised(_table(), SEEN)
+    effect_pd = table_pe @ torch.tensor([[2.0, 0.0], [-1.0, 0.5], [0.0, 0.0]]) + 1 + 0.1 * torch.randn(6, 2)
+    mean_df, sd_df = embeddings._regression(table_pe, effect_pd, SEEN)
+    assert bool((sd_df > 0).all())
+    size_e = table_pe[SEEN].square().sum(0)
+    for d in range(2):  # the penalty 1 / ρ of each output from one of its standard deviations
+        noise = sd_df[d, -1] * math.sqrt(5)
+        penalty = float((noise / sd_df[d, 0]) ** 2 - size_e[0])
+        ridge = Ridge(penalty).fit(table_pe[SEEN].numpy(), effect_pd[SEEN, d].numpy())
+        torch.testing.assert_close(mean_df[d, :-1], torch.from_numpy(ridge.coef_), rtol=1e-3, atol=1e-3)
+        assert float(mean_df[d, -1]) == pytest.approx(float(ridge.intercept_), abs=1e-5)
+
+
+def test_the_evidence_finds_whether_a_table_says_anything():
+    torch.manual_seed(0)
+    seen_p, table_pe = torch.ones(60, dtype=torch.bool), torch.randn(60, 8)
+    table_pe = standardised(table_pe, seen_p)
+    told_pd = table_pe @ torch.full((8, 1), 3.0) + 0.2 * torch.randn(60, 1)
+    noise_pd = torch.randn(60, 1)
+    (told_df, _), (noise_df, _) = (embeddings._regression(table_pe, y, seen_p) for y in (told_pd, noise_pd))
+    torch.testing.assert_close(told_df[0, :-1], torch.full((8,), 3.0), atol=0.5, rtol=0)
+    assert float((table_pe @ noise_df[0, :-1]).std()) < 0.25 * float(noise_pd.std())
+    nothing_df, _ = embeddings._regression(table_pe, torch.zeros(60, 1), seen_p)
+    assert bool((nothing_df == 0).all())
+
+
+def test_priors_are_those_of_the_formulas():
+    table_pe = standardised(_table(2), SEEN)
+    data = {
+        "shift_log_scales": torch.tensor([0.3, -0.2]),
+        "shift_map": torch.arange(12.0).reshape(4, 3),
+        "gate_curve": torch.tensor([-1.0, -2.0, -3.0, 0.0, 0.5]),
+    }
+
+    def priors():
+        loc_pk, sd = expected_effects("shift", table_pe, (4,), 3.0)
+        return loc_pk, sd, expected_gates("gate", loc_pk**2)
+
+    trace = poutine.trace(poutine.condition(priors, data=data)).get_trace()
+    trace.compute_log_prob()
+    loc_pk, sd, logit_pk = trace.nodes["_RETURN"]["value"]
+    map_kf = data["shift_map"]
+    torch.testing.assert_close(loc_pk, table_pe @ map_kf[:, :2].T + map_kf[:, 2])
+    assert float(sd) == pytest.approx(math.exp(-0.2))
+    torch.testing.assert_close(logit_pk, data["gate_curve"][:4] + math.exp(0.5) * loc_pk**2)
+    width_f = torch.tensor([math.exp(0.3)] * 2 + [3.0])
+    expected = dist.Normal(0.0, width_f).log_prob(map_kf).sum()
+    torch.testing.assert_close(trace.nodes["shift_map"]["log_prob_sum"], expected)
+
+
+def test_guides_leave_the_seen_alone_and_give_the_unseen_their_prior():
+    pyro.set_rng_seed(0)
+    table_pe, seen_p = standardised(_table(), SEEN), seen_targets(6, (9.0, 9.0, 0.0, 9.0, 9.0, 9.0))
+    assert bool((seen_p == SEEN).all()) and bool(seen_targets(2, ()).all())
+    open_pk, loc_pk, scale_pk = torch.rand(6, 4), torch.randn(6, 4), torch.rand(6, 4) + 0.1
+    effects, gates = EffectMapGuide("shift", seen_p), GateCurveGuide("gate", 4, seen_p)
+
+    def guide():
+        mean_pk, sd_pk, expected_pk = effects(table_pe, open_pk, loc_pk, scale_pk)
+        return mean_pk, sd_pk, expected_pk, gates(expected_pk**2, loc_pk)
+
+    nodes = poutine.trace(guide).get_trace().nodes
+    mean_pk, sd_pk, expected_pk, logit_pk = nodes["_RETURN"]["value"]
+    for found, own in ((mean_pk, loc_pk), (sd_pk, scale_pk), (logit_pk, loc_pk)):
+        torch.testing.assert_close(found[SEEN], own[SEEN])
+    drawn = {name: nodes[name]["value"] for name in ("shift_log_scales", "shift_map", "gate_curve")}
+
+    def model():
+        return (*expected_effects("shift", table_pe, (4,), 3.0), expected_gates("gate", expected_pk**2))
+
+    loc_pk, sd, prior_pk = poutine.condition(model, data=drawn)()
+    torch.testing.assert_close(mean_pk[2], loc_pk[2])
+    torch.testing.assert_close(sd_pk[2], sd.expand(4))
+    torch.testing.assert_close(logit_pk[2], prior_pk[2])
+
+
+def test_size_of_a_change_adds_up_its_parts():
+    shift_pv, weight_pvk = torch.tensor([[3.0, 0.0]]), torch.tensor([[[0.0, 0.0], [1.0, 2.0]]])
+    found = squared_size([shift_pv, weight_pvk], shift_pv)
+    torch.testing.assert_close(found, torch.tensor([[9.0, 5.0]]))

@@ -1,0 +1,449 @@
+"""The temporal SCM: laws of moments, joining snapshots, roll-outs, axes, and a simulated truth."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from pyro import poutine
+from scipy import stats
+from torch.testing import assert_close
+
+from pyro_causalcell.batch import Batch
+from pyro_causalcell.data import Screen
+from pyro_causalcell.distributions import PopulationNormal, TransitionMixture
+from pyro_causalcell.errors import DataError, PairError, PredictionError
+from pyro_causalcell.evaluate import matching
+from pyro_causalcell.guides.temporal_scm import TemporalSCMGuide
+from pyro_causalcell.inference import Fit, elbo_terms, fit
+from pyro_causalcell.inference.lagged_rotation import lagged_rotation
+from pyro_causalcell.models.temporal_scm import PRESETS, Mechanism, TemporalSCM
+from pyro_causalcell.predict import (
+    cell_trajectories,
+    effects,
+    graph,
+    lagged_graph,
+    latents,
+    mechanism_graph,
+    predict,
+    trajectories,
+)
+from pyro_causalcell.simulate import temporal_scm
+
+SIZES = {"n_invariant": 1, "n_responsive": 2, "n_hidden": 4, "likelihood": "gaussian", "norm": "none"}
+SCREEN = {"n_genes": 4, "n_targets": 2, "n_cells": 6, "n_conditions": 3, "times": (1.0, 2.0, 4.0)}
+
+
+def _model(**settings) -> TemporalSCM:
+    torch.manual_seed(1)
+    return TemporalSCM(**(SCREEN | SIZES | settings))
+
+
+def _guide(**settings) -> TemporalSCMGuide:
+    torch.manual_seed(1)
+    return TemporalSCMGuide(4, 2, times=SCREEN["times"], **(SIZES | settings))
+
+
+def _cells(conditions: list[int], times: list[float], seed: int = 0) -> Batch:
+    torch.manual_seed(seed)
+    n = len(times)
+    return Batch(
+        x_ng=torch.randn(n, 4),
+        u_np=torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])[conditions],
+        library_n1=torch.ones(n, 1),
+        batch_nb=torch.zeros(n, 0),
+        condition_n=torch.tensor(conditions),
+        index_n=torch.arange(n),
+        n_total=n,
+        time_n=torch.tensor(times),
+    )
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Six cells: control and A at three times; each has a control cell of its time."""
+    times = [1.0, 2.0, 4.0] * 2
+    return _cells([0, 0, 0, 1, 1, 1], times)._replace(control=_cells([0] * 6, times, seed=1))
+
+
+def _mechanism(seed: int = 3, **parts) -> Mechanism:
+    torch.manual_seed(seed)
+    drawn = Mechanism(
+        gate_pv=torch.ones(2, 2),
+        edge_vk=torch.ones(2, 3),
+        shift_pv=torch.randn(2, 2),
+        log_scale_pv=torch.randn(2, 2) / 2,
+        cut_pv=torch.zeros(2, 2),
+        start_pv=torch.randn(2, 2),
+        weight_vk=torch.randn(2, 3) / 2,
+    )
+    return drawn._replace(**parts)
+
+
+def _filled(model: TemporalSCM, seed: int = 5) -> TemporalSCM:
+    """A model that remembers, of every condition and snapshot, random pasts."""
+    torch.manual_seed(seed)
+    model.memory_ctmk.normal_()
+    model.filled_ct.fill_(True)
+    return model
+
+
+def test_a_step_follows_the_structural_equation():
+    model, mechanism = _model(transition="linear"), _mechanism(cut_pv=torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+    z_rmk = torch.randn(1, 5, 3)
+    invariant, responsive = model.step(z_rmk, torch.tensor([[1.0, 0.0]]), torch.ones(1), mechanism)
+    assert_close(invariant.loc_rmk, 0.5 * z_rmk[..., :1])
+    follows_rm = z_rmk @ mechanism.weight_vk[0] + mechanism.shift_pv[0, 0]
+    assert_close(responsive.loc_rmk[..., 0], follows_rm)
+    assert_close(responsive.loc_rmk[..., 1], mechanism.shift_pv[0, 1].expand(1, 5))  # cut off its parents
+    own_v = model.bounded(model.responsive_log_scale_v)
+    assert_close(responsive.log_scale_rk[0], own_v + mechanism.log_scale_pv[0])
+    assert_close(responsive.precision_rk, torch.exp(-2 * responsive.log_scale_rk))
+    assert_close(responsive.slack_rmk, torch.zeros(1, 5, 2))
+
+
+def test_probabilities_of_gates_and_cuts_give_the_expected_squared_residual():
+    model = _model(transition="linear")
+    gate, cut, edge = (
+        torch.tensor([[0.3, 0.8], [0, 0]]),
+        torch.tensor([[0.4, 0.0], [0, 0]]),
+        torch.tensor([0.7]),
+    )
+    edge_vk = torch.ones(2, 3)
+    edge_vk[0, 2] = edge
+    no_scale = torch.zeros(2, 2)
+    mechanism = _mechanism(gate_pv=gate, cut_pv=cut, edge_vk=edge_vk, log_scale_pv=no_scale)
+    past, value, u = torch.randn(1, 1, 3), torch.randn(2), torch.tensor([[1.0, 0.0]])
+    law = model.step(past, u, torch.ones(1), mechanism)[1]
+    expected = 0.0
+    for g0, g1, c0, e in itertools.product([0.0, 1.0], repeat=4):
+        share = (0.3 if g0 else 0.7) * (0.8 if g1 else 0.2) * (0.4 if c0 else 0.6) * (0.7 if e else 0.3)
+        one = edge_vk.clone()
+        one[0, 2] = e
+        drawn = mechanism._replace(
+            gate_pv=torch.tensor([[g0, g1], [0, 0]]), cut_pv=torch.tensor([[c0, 0.0], [0, 0]]), edge_vk=one
+        )
+        binary = model.step(past, u, torch.ones(1), drawn)[1]
+        assert_close(binary.slack_rmk, torch.zeros(1, 1, 2))
+        expected = expected + share * (value - binary.loc_rmk) ** 2
+    assert_close((value - law.loc_rmk) ** 2 + law.slack_rmk, expected)
+
+
+def test_transition_mixture_is_a_mixture_of_normals():
+    loc_nmk, log_scale_nk = torch.randn(3, 4, 2), torch.randn(3, 2) / 3
+    no_slack = torch.zeros(3, 4, 2)
+    logits_nm = torch.randn(3, 4)
+    mixture = TransitionMixture(loc_nmk, log_scale_nk, torch.exp(-2 * log_scale_nk), no_slack, logits_nm)
+    value_nk = torch.randn(3, 2)
+    densities = stats.norm.pdf(value_nk[:, None], loc_nmk, log_scale_nk.exp()[:, None]).prod(-1)
+    expected = np.log((logits_nm.softmax(-1).numpy() * densities).sum(-1))
+    assert_allclose(mixture.log_prob(value_nk), expected, rtol=1e-5)
+    draws = mixture.sample((20_000,))
+    assert_allclose(draws.mean(0), mixture.mean, atol=0.06)
+    assert_allclose(draws.var(0), mixture.variance, rtol=0.06)
+
+
+def test_population_normal_agrees_with_scipy_and_charges_an_uncertain_mean():
+    root = torch.tensor([[1.0, 0.0], [0.6, 0.5]])
+    loc, value, slack = torch.tensor([0.2, -1.0]), torch.tensor([1.0, 0.3]), torch.tensor([0.4, 0.1])
+    exact = stats.multivariate_normal(loc, root @ root.T).logpdf(value)
+    assert float(PopulationNormal(loc, root).log_prob(value)) == pytest.approx(exact, abs=1e-5)
+    precision = np.linalg.inv((root @ root.T).numpy())
+    charged = float(PopulationNormal(loc, root, slack).log_prob(value))
+    assert charged == pytest.approx(exact - (np.diag(precision) * slack.numpy()).sum() / 2, abs=1e-5)
+    normal = PopulationNormal(loc, root)
+    assert_close(normal.from_noise(normal.noise_of(value)), value)
+
+
+@pytest.mark.parametrize("join", ["moments", "mixture"])
+def test_the_prior_of_a_cell_is_made_of_transitions_of_the_snapshot_before(batch, join):
+    """Against the moments, or the mixture, over the remembered cells, computed by hand."""
+    model = _filled(_model(join=join, transition="linear", memory=50, gates="open", edges="open")).eval()
+    mechanism = _mechanism()
+    sites = {
+        "shift": mechanism.shift_pv,
+        "log_scale": mechanism.log_scale_pv,
+        "start": mechanism.start_pv,
+        "weight": mechanism.weight_vk,
+    }
+    z_nl, z_nv = torch.randn(6, 1), torch.randn(6, 2)
+    data = sites | {"z_invariant": z_nl, "z_responsive": z_nv}
+    trace = poutine.trace(poutine.condition(model, data=data)).get_trace(batch)
+    trace.compute_log_prob()
+    log_p = sum(trace.nodes[name]["log_prob"] for name in ("z_invariant", "z_responsive"))
+    past_mk = model.memory_ctmk[1, 0]  # cell 4: A at time 2; the snapshot before is at time 1
+    sd_l = model.bounded(model.invariant_log_scale_l).exp()
+    sd_v = (model.bounded(model.responsive_log_scale_v) + mechanism.log_scale_pv[0]).exp()
+    loc_mk = torch.cat([0.5 * past_mk[:, :1], past_mk @ mechanism.weight_vk.T + mechanism.shift_pv[0]], 1)
+    sd_k, z_k = torch.cat([sd_l, sd_v]).detach().numpy(), torch.cat([z_nl[4], z_nv[4]]).numpy()
+    if join == "mixture":
+        expected = np.log(stats.norm.pdf(z_k, loc_mk.detach(), sd_k).prod(1).mean())
+    else:
+        covariance = np.cov(loc_mk.detach().T) + np.diag(sd_k**2)
+        expected = stats.multivariate_normal(loc_mk.detach().mean(0), covariance).logpdf(z_k)
+    assert float(log_p[4].detach()) == pytest.approx(expected, abs=1e-4)
+    at_start = stats.norm.logpdf(torch.cat([z_nl[3], z_nv[3] - mechanism.start_pv[0]])).sum()
+    assert float(log_p[3].detach()) == pytest.approx(at_start, abs=1e-4)
+
+
+def test_long_gaps_are_made_of_steps_no_longer_than_the_shortest():
+    """Two steps of a linear process: means by F², variances by F² + 1; a half step goes half the way."""
+    model = _model(transition="linear")
+    mechanism = _mechanism(
+        weight_vk=torch.tensor([[0.0, 0.5, 0.0], [0.0, 0.0, 0.8]]), shift_pv=torch.zeros(2, 2)
+    )
+    n = 20_000
+    z_nk, cells = torch.ones(n, 3), _cells([0] * n, [4.0] * n)
+    data = dict(zip(Mechanism._fields, mechanism, strict=True))
+    model.mechanism = lambda: Mechanism(**data)
+    later = model.roll_out(z_nk, cells, torch.full((n,), 2.0))
+    sd_v = model.bounded(model.responsive_log_scale_v).exp().detach()
+    assert_allclose(later.mean(0)[1:], [0.25, 0.64], atol=0.03)
+    expected = sd_v**2 * (1 + torch.tensor([0.5, 0.8]) ** 2)
+    assert_allclose(later.var(0)[1:], expected, rtol=0.05)
+    half = model.roll_out(z_nk, cells, torch.full((n,), 3.5))
+    assert_allclose(half.mean(0)[1:], [0.75, 0.9], atol=0.03)
+    same = model.roll_out(z_nk, cells, torch.full((n,), 4.0))
+    assert_close(same, z_nk)  # no time has passed
+
+
+def test_elbo_is_the_mean_over_minibatches(batch):
+    """Full-batch terms of the data equal those of two halves: nothing is scaled wrongly."""
+    model, guide = _filled(_model(likelihood="gaussian")), _guide(alignment="none")
+    model.eval()
+    guide.eval()
+    whole = elbo_terms(model, guide, batch)
+    assert {"z_invariant", "z_responsive", "x", "shift", "weight", "edge", "cut"} <= set(whole)
+    torch.manual_seed(0)
+    moments = poutine.trace(guide).get_trace(batch).nodes
+    fixed = {name: moments[name]["fn"].mean for name in ("z_invariant", "z_responsive")}
+    sites = ("gate_rate", "gate", "cut", "edge", "shift", "log_scale", "start", "weight")
+    draws = {name: moments[name]["value"] for name in sites}
+
+    def scored(index: list[int]) -> float:
+        part = batch._replace(
+            **{
+                f: getattr(batch, f)[index]
+                for f in ("x_ng", "u_np", "library_n1", "batch_nb", "condition_n", "time_n")
+            },
+            index_n=torch.tensor(index),
+            control=None,
+        )
+        data = draws | {name: value[index] for name, value in fixed.items()}
+        trace = poutine.trace(poutine.condition(model, data=data)).get_trace(part)
+        trace.compute_log_prob()
+        return float(
+            sum(trace.nodes[name]["log_prob_sum"].detach() for name in ("x", "z_invariant", "z_responsive"))
+        )
+
+    assert scored(list(range(6))) == pytest.approx((scored([0, 1, 2]) + scored([3, 4, 5])) / 2, rel=0.01)
+
+
+def test_memory_holds_what_was_drawn_of_each_snapshot(batch):
+    model, guide = _model(memory=4), _guide(alignment="none")
+    assert not model.filled_ct.any()
+    elbo_terms(model, guide, batch)
+    assert model.filled_ct[:2].all() and not model.filled_ct[2].any()
+    assert (model.memory_ctmk[1, 2] == model.memory_ctmk[1, 2, 0]).all()  # one cell of A at time 4 so far
+    before = model.memory_ctmk.clone()
+    model.eval()
+    guide.eval()
+    elbo_terms(model, guide, batch)
+    assert_close(model.memory_ctmk, before)
+
+
+def _linear_cells(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Latents of a linear process with one background and two responsive programmes, and its truth."""
+    rng = np.random.default_rng(seed)
+    weight_vk = np.array([[0.3, 0.6, 0.0], [0.0, -0.5, 0.5]])
+    shift_cv = np.array([[0, 0], [2, 0], [0, 2], [-1.5, 0], [0, -1.5]])
+    cut_cv = np.array([[0, 0], [0, 0], [0, 0], [1, 0], [0, 1]])
+    z, u, times = [], [], []
+    for c, time in itertools.product(range(5), range(1, 5)):
+        cells = rng.standard_normal((1000, 3))
+        for step in range(20 + time):
+            push = (1 - cut_cv[c]) * (cells @ weight_vk.T) if step >= 20 else cells @ weight_vk.T
+            shift = shift_cv[c] if step >= 20 else 0
+            noise = rng.standard_normal((1000, 3)) * [0.6, 0.7, 0.7]
+            cells = np.column_stack([0.8 * cells[:, 0], push + shift]) + noise
+        z.append(cells)
+        u.append(np.tile(np.eye(5)[c, 1:], (1000, 1)))
+        times.append(np.full(1000, float(time)))
+    truth = {"weight_vv": weight_vk[:, 1:], "shift_pv": shift_cv[1:], "cut_pv": cut_cv[1:] > 0}
+    return np.concatenate(z), np.concatenate(u), np.concatenate(times), truth
+
+
+def test_axes_lagged_effects_shifts_and_cuts_are_read_off_unpaired_snapshots():
+    z_nk, u_np, time_n, truth = _linear_cells()
+    mixed = z_nk @ np.random.default_rng(1).standard_normal((3, 3)).T + 2.0
+    turn = lagged_rotation(
+        torch.tensor(mixed), torch.tensor(u_np), torch.tensor(time_n), 1, variance_k=torch.full((3,), 1e-4)
+    )
+    found = mixed @ turn.map_kk.numpy().T + turn.offset_k.numpy()
+    match_kk = np.corrcoef(z_nk.T, found.T)[:3, 3:]
+    assert abs(match_kk[0, 0]) > 0.99
+    place = np.abs(match_kk[1:, 1:]).argmax(1)
+    assert sorted(place) == [0, 1]
+    sign, rows = np.sign(match_kk[1:, 1:][[0, 1], place]), 1 + place
+    assert (np.abs(match_kk[[1, 2], rows]) > 0.98).all()
+    control = (u_np.sum(1) == 0) & (time_n == 1)
+    assert_allclose(found[control].mean(0), 0, atol=1e-4)
+    assert_allclose(found[control].std(0), 1, atol=0.01)
+    seen = turn.mechanisms
+    sd = z_nk[control][:, 1:].std(0)
+    weight_vv = seen.weight_vk.numpy()[place][:, rows] * np.outer(sign, sign) * np.outer(sd, 1 / sd)
+    assert_allclose(weight_vv, truth["weight_vv"], atol=0.12)
+    assert (seen.cut_pv.numpy()[:, place] == truth["cut_pv"]).all()
+    assert_allclose(seen.shift_pv.numpy()[:, place] * sign * sd, truth["shift_pv"], atol=0.3)
+
+
+@pytest.fixture(scope="module")
+def simulated():
+    return temporal_scm(
+        n_genes=80, n_invariant=2, n_responsive=3, n_perturbations=6, cells_per_snapshot=60, seed=2
+    )
+
+
+SETTINGS = {
+    "n_invariant": 2,
+    "n_responsive": 3,
+    "likelihood": "gaussian",
+    "n_hidden": 64,
+    "epochs": 30,
+    "warm_start": 15,
+    "lr": 5e-3,
+    "progress": False,
+    "compile": False,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(simulated) -> Fit:
+    train = simulated[simulated.obs["split"] == "train"].copy()
+    return fit("temporal-scm", None, Screen(train, "target", "control", time="time"), **SETTINGS)
+
+
+def test_a_fit_recovers_responsive_programmes(trained, simulated):
+    screen = Screen.from_spec(trained.screen, simulated[simulated.obs["split"] == "train"].copy())
+    found = latents(trained, screen).obsm["X_causalcell"]
+    match = matching(screen.adata.obsm["z_responsive"], found[:, 2:])
+    assert np.abs(match.correlation_m).mean() > 0.8
+
+
+def test_saved_fits_predict_the_same(trained, tmp_path):
+    again = Fit.load(trained.save(tmp_path / "run"))
+    first, second = (predict(f, ["P01", "P01+P02"], 20, times=[2, 4.5], seed=1) for f in (trained, again))
+    assert_allclose(first.X, second.X)
+    assert first.obs.groupby(["condition", "time"], observed=True).size().tolist() == [20] * 4
+
+
+def test_cells_evolve_from_their_own_snapshot(trained, simulated):
+    start = simulated[(simulated.obs["target"] == "control") & (simulated.obs["time"] == 2)].copy()
+    basal = Screen.from_spec(trained.screen, start)
+    cells = predict(trained, ["P01"], 40, times=[2, 4], basal=basal)
+    assert set(cells.obs["basal_cell"]) <= set(start.obs_names)
+    with pytest.raises(PredictionError, match="choose basal cells of an earlier snapshot"):
+        predict(trained, ["P01"], 40, times=[1], basal=basal)
+    paths = cell_trajectories(trained, basal, [0, 1], ["control", "P01"], n_samples=20)
+    assert dict(paths.sizes) == {"cell": 2, "condition": 2, "time": 3, "programme": 5}
+    assert_allclose(
+        paths["mean"].sel(time=2.0, condition="P01"),
+        paths["mean"].sel(time=2.0, condition="control"),
+        atol=1e-5,
+    )
+    spread = (paths["high"] - paths["low"]).mean("programme")
+    assert (spread.sel(time=4.0) > spread.sel(time=2.0)).all()  # the longer the way, the less is known
+
+
+def test_trajectories_and_effects_agree(trained):
+    paths = trajectories(trained, ["P01", "P01+P02"], n_samples=8)
+    assert dict(paths.sizes) == {"condition": 2, "time": 4, "programme": 5}
+    assert ((paths["low"] <= paths["mean"]) & (paths["mean"] <= paths["high"])).all()
+    assert (paths["cell_sd"] > 0).all()
+    early, late = (effects(trained, ["P01"], n_samples=5, time=t)["programme_effect"] for t in (1, 4))
+    assert not np.allclose(early, late)
+
+
+def test_graphs(trained):
+    lagged = lagged_graph(trained)
+    assert len(lagged) == 3 * 5
+    own = lagged[lagged["parent"] == lagged["programme"]]
+    assert (own["probability"] == 1).all()
+    assert len(graph(trained)) == 6 * 3
+    with pytest.raises(PredictionError, match="no weights between programmes under each perturbation"):
+        mechanism_graph(trained)
+
+
+@pytest.mark.parametrize("preset", ["independent-pairs", "paper", "no-sparsity", "no-alignment"])
+def test_presets_train(simulated, preset):
+    train = simulated[simulated.obs["split"] == "train"].copy()
+    screen = Screen(train, "target", "control", time="time")
+    settings = SETTINGS | {"epochs": 2, "warm_start": None} | PRESETS[preset]
+    short = fit("temporal-scm", None, screen, **settings)
+    assert np.isfinite(short.history["train_loss"]).all()
+    if preset == "paper":
+        assert set(lagged_graph(short)["programme"]) == {"responsive_1", "responsive_2", "responsive_3"}
+        assert len(lagged_graph(short)) == 3 * 2 + 3
+
+
+def test_missing_snapshots_and_control_alone(simulated):
+    train = simulated[simulated.obs["split"] == "train"]
+    gone = (train.obs["target"] == "P03") & train.obs["time"].isin([2, 3])
+    short = SETTINGS | {"epochs": 3, "warm_start": 2}
+    partial = fit(
+        "temporal-scm", None, Screen(train[~gone].copy(), "target", "control", time="time"), **short
+    )
+    assert np.isfinite(predict(partial, ["P03"], 5, times=[3]).X).all()
+    alone = Screen(train[train.obs["target"] == "control"].copy(), "target", "control", time="time")
+    course = fit("temporal-scm", None, alone, **(short | {"warm_start": None}))
+    assert predict(course, ["control"], 5, times=[2.5]).n_obs == 5
+
+
+def test_what_the_user_is_told(simulated):
+    train = simulated[simulated.obs["split"] == "train"].copy()
+    with pytest.raises(PairError, match="pass the column of times as time="):
+        fit("temporal-scm", None, Screen(train, "target", "control"), **SETTINGS)
+    once = Screen(train[train.obs["time"] == 1].copy(), "target", "control", time="time")
+    with pytest.raises(PairError, match="two snapshots at least"):
+        fit("temporal-scm", None, once, **SETTINGS)
+    lonely = train[~((train.obs["target"] == "control") & (train.obs["time"] == 3))].copy()
+    with pytest.raises(DataError, match="found none in time 3"):
+        fit("temporal-scm", None, Screen(lonely, "target", "control", time="time"), **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("labels", "times"),
+    [(["D2", "day 4"], [2, 4]), (["72h", "96 hours"], [72, 96]), (["0", "1.5"], [0, 1.5])],
+)
+def test_times_as_text(labels, times, simulated):
+    cells = simulated[:2].copy()
+    cells.obs = pd.DataFrame({"target": ["control", "P01"], "time": labels}, index=cells.obs_names)
+    assert_allclose(Screen(cells, "target", "control", time="time", allow_empty=True).time_n, times)
+
+
+@pytest.mark.parametrize("labels", [["D2", "72h"], ["early", "late"], ["D2", "3"]])
+def test_times_that_cannot_be_read(labels, simulated):
+    cells = simulated[:2].copy()
+    cells.obs = pd.DataFrame({"target": ["control", "P01"], "time": labels}, index=cells.obs_names)
+    with pytest.raises(DataError, match="one unit for all such as 'D2' or '72h'"):
+        Screen(cells, "target", "control", time="time", allow_empty=True)
+
+
+def test_a_target_without_cells_is_predicted_from_its_embedding(simulated):
+    """True shifts as embeddings: the unseen target's shift is near the truth's image, and less sure."""
+    train = simulated[(simulated.obs["split"] == "train") & (simulated.obs["target"] != "P02")].copy()
+    record = simulated.uns["simulation"]
+    table = pd.DataFrame(record["shift_pv"], index=[str(name) for name in record["perturbations"]])
+    screen = Screen(train, "target", "control", time="time", embeddings=table, unseen=["P02"])
+    described = fit("temporal-scm", None, screen, **(SETTINGS | {"gates": "open", "warm_start": None}))
+    paths = trajectories(described, list(table.index), n_samples=60)
+    width = (
+        (paths["high"] - paths["low"])
+        .sel(programme=[f"responsive_{i}" for i in (1, 2, 3)])
+        .mean(["time", "programme"])
+    )
+    assert float(width.sel(condition="P02")) > 1.5 * float(width.drop_sel(condition="P02").mean())
+    assert described.model.embedding_pe.abs().sum() > 0
+    assert predict(described, ["P02", "P01+P02"], 10, times=[3]).n_obs == 20
