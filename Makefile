@@ -29,7 +29,7 @@ $(VENV)/.core: $(SETTINGS) | $(PY)
 	touch $@
 
 $(VENV)/.test: $(SETTINGS) | $(PY)
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs,interpret,test]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs,interpret,temporal,test]'
 	touch $@ $(VENV)/.core
 
 # ---------------------------------------------------------------- checks

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from pyro_causalcell.batch import Batch, LaggedMechanisms, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, MeanFieldGate
 from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets
-from pyro_causalcell.nets import Activation, Encoder, Norm
+from pyro_causalcell.nets import Activation, Encoder, Norm, encoded_together
 from pyro_causalcell.penalties import alignment as align_pairs
 from pyro_causalcell.penalties import mmd_by_group
 
@@ -124,13 +124,14 @@ class TemporalSCMGuide(PyroModule):
         """q of gates, edges and changes; then q(z_l, z_v | x) inside the cells plate."""
         self.mechanism(batch)
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
-            loc_nk, scale_nk = self.encoder(batch.x_ng, batch.batch_nb)
+            control = None if self.alignment == "none" else batch.control
+            loc_nk, scale_nk, control_nk = encoded_together(self.encoder, batch, control)
             sizes = [self.n_invariant, self.n_responsive]
             (loc_nl, loc_nv), (scale_nl, scale_nv) = loc_nk.split(sizes, -1), scale_nk.split(sizes, -1)
             pyro.sample("z_invariant", dist.Normal(loc_nl, scale_nl).to_event(1))  # q(z_l | x)
             pyro.sample("z_responsive", dist.Normal(loc_nv, scale_nv).to_event(1))  # q(z_v | x)
-            if batch.control is not None and self.alignment != "none":
-                self.align(loc_nl, batch)
+            if control is not None:
+                self.align(loc_nl, control_nk[:, : self.n_invariant], batch)
 
     def mechanism(self, batch: Batch) -> None:
         """q(π) q(γ) q(c) q(A), and q of the changes where they are open."""
@@ -163,10 +164,9 @@ class TemporalSCMGuide(PyroModule):
             "weight", GatedNormal(edge_vk, self.weight_loc, self.weight_spread).to_event(2)
         )  # q(w | A)
 
-    def align(self, loc_nl: Tensor, batch: Batch) -> None:
+    def align(self, loc_nl: Tensor, control_nl: Tensor, batch: Batch) -> None:
         """Charge differences of z_l between cells and control cells of the same time."""
-        assert batch.control is not None and batch.time_n is not None
-        control_nl = self.encoder(batch.control.x_ng, batch.control.batch_nb)[0][:, : self.n_invariant]
+        assert batch.time_n is not None
         if self.alignment == "pairs":
             align_pairs("align", loc_nl, control_nl, self.alpha)
             return

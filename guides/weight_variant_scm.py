@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from pyro_causalcell.batch import Batch, Mechanisms, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, MeanFieldGate
 from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets, squared_size
-from pyro_causalcell.nets import Activation, Encoder, Norm
+from pyro_causalcell.nets import Activation, Encoder, Norm, encoded_together
 from pyro_causalcell.penalties import alignment as align_pairs
 from pyro_causalcell.penalties import mmd_by_group, sliced_wasserstein
 
@@ -135,7 +135,8 @@ class WeightVariantSCMGuide(PyroModule):
         """q of gates, edges and changes; then q(z_l | x) q(z_v | x, u) inside the cells plate."""
         prior_loc_nv = self.changes(batch)
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
-            loc_nk, scale_nk = self.encoder(batch.x_ng, batch.batch_nb)
+            control = None if self.alignment == "none" else batch.control
+            loc_nk, scale_nk, control_nk = encoded_together(self.encoder, batch, control)
             loc_nl, loc_nv = loc_nk.split([self.n_invariant, self.n_responsive], -1)
             scale_nl, scale_nv = scale_nk.split([self.n_invariant, self.n_responsive], -1)
             if self.intervention != "ignored":
@@ -143,8 +144,8 @@ class WeightVariantSCMGuide(PyroModule):
             pyro.sample("z_invariant", dist.Normal(loc_nl, scale_nl).to_event(1))  # q(z_l | x)
             latent = "z_responsive" if self.centred else "innovation"
             pyro.sample(latent, dist.Normal(loc_nv, scale_nv).to_event(1))  # q(z_v | x, u)
-            if batch.control is not None and self.alignment != "none":
-                self.align(loc_nl, batch)
+            if control is not None:
+                self.align(loc_nl, control_nk[:, : self.n_invariant], batch)
 
     def changes(self, batch: Batch) -> Tensor:
         """q(π) q(γ) q(g) and q of the changes; returns the mean of p(n_v | u) that they give, n, v."""
@@ -201,10 +202,8 @@ class WeightVariantSCMGuide(PyroModule):
         """Site of a part of a change."""
         return {"shift": "shift", "scale": "log_scale", "weight": "loading" if self.rank else "weight"}[part]
 
-    def align(self, loc_nl: Tensor, batch: Batch) -> None:
+    def align(self, loc_nl: Tensor, control_nl: Tensor, batch: Batch) -> None:
         """Charge differences of z_l between cells and control cells."""
-        assert batch.control is not None
-        control_nl = self.encoder(batch.control.x_ng, batch.control.batch_nb)[0][:, : self.n_invariant]
         if self.alignment == "pairs":
             align_pairs("align", loc_nl, control_nl, self.alpha)
             return

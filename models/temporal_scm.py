@@ -219,6 +219,8 @@ class TemporalSCM(PyroModule):
                 f"a temporal model needs two snapshots at least, found times {list(times)}; pass the column "
                 "of times as time=, or fit weight-variant-scm to a single snapshot"
             )
+        if n_invariant < 1 or n_responsive < 1:
+            raise ValueError("expected n_invariant and n_responsive of at least 1")
         self.needs = {"time", "normalised" if likelihood == "gaussian" else "counts"}
         self.n_targets, self.n_invariant, self.n_responsive = n_targets, n_invariant, n_responsive
         self.gates, self.edges, self.graph, self.l1 = gates if n_targets else "open", edges, graph, l1

@@ -24,7 +24,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pyro_causalcell import __version__
-from pyro_causalcell.errors import CausalCellError, CheckpointError, DataError
+from pyro_causalcell.errors import CausalCellError, CheckpointError, DataError, PredictionError
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -53,6 +53,7 @@ __all__ = [
     "sbc",
     "simulate",
     "study",
+    "trajectories",
 ]
 
 PROGRAM = "pyro-causalcell"
@@ -64,6 +65,8 @@ SURE = 0.9
 """Probability above which an edge counts as found."""
 LOW_FDR = 0.05
 """False discovery rate below which a gene set counts as found."""
+MOVEMENTS = 5
+"""Largest movements of programmes that are printed."""
 DEMO_LATENTS = 10
 DEMO_EPOCHS = 60
 
@@ -426,17 +429,26 @@ def graph(run: Path, out: Path) -> None:
     Args:
         run: Run folder of the fit.
         out: Table to write (CSV): perturbation, programme, probability of the edge, effect (in standard
-            deviations of a control programme) and its standard deviation.
+            deviations of a control programme) and its standard deviation. A model that follows cells over
+            time adds the probability that the programme is cut off from its parents, and a second table
+            beside this one, FILE_lagged.csv: which programme acts on which a step later.
     """
     _check_out(out)
+    beside = out.with_name(f"{out.stem}_lagged.csv")
+    _check_out(beside)
     from pyro_causalcell.predict import graph as edges_of
 
-    edges = edges_of(_load(run, "cpu"))
+    fitted = _load(run, "cpu")
+    edges, lagged = edges_of(fitted), _lagged_graph(fitted)
     _write_csv(edges, out)
     sure = edges[edges["probability"] > SURE]
     moved = sure["perturbation"].nunique()
     print(f"{len(edges)} possible edges, {len(sure)} with probability above {SURE}: {out}")
     print(f"{moved} of {edges['perturbation'].nunique()} perturbations move a programme")
+    if lagged is not None:
+        _write_csv(lagged, beside)
+        n = int((lagged["probability"] > SURE).sum())
+        print(f"{len(lagged)} possible lagged edges, {n} with probability above {SURE}: {beside}")
 
 
 def predict(
@@ -445,6 +457,7 @@ def predict(
     out: Path,
     *,
     cells: PositiveInt = 500,
+    time: list[str] | str | None = None,
     basal: Path | None = None,
     units: Literal["counts", "lognorm"] | None = None,
     library: PositiveFloat | None = None,
@@ -456,8 +469,11 @@ def predict(
     Args:
         run: Run folder of the fit.
         perturb: Perturbation to predict, such as A, A+B or control; repeat it for several.
-        out: File to write (h5ad): the predicted cells, with obs["condition"].
-        cells: Cells of each perturbation.
+        out: File to write (h5ad): the predicted cells, with obs["condition"], and obs["time"] where times
+            matter.
+        cells: Cells of each perturbation, at each time.
+        time: Time to predict, for models that follow cells over time; repeat it for several. Every snapshot
+            of the fit if not given.
         basal: Screen (h5ad file) whose control cells are perturbed; cells are drawn anew if not given.
         units: "counts", or "lognorm" for log(1 + counts per 10,000).
         library: Total count of the predicted cells; as in the fitted cells (or the basal ones) if not given.
@@ -470,12 +486,58 @@ def predict(
     fitted = _load(run, device)
     conditions = _listed(perturb)
     fitted.screen.design(conditions)  # a misspelt name is told before the basal cells are read
+    times = _asked_times(fitted, _listed(time))
     start = None if basal is None else _basal_cells(fitted, basal)
-    result = rooms.predict(fitted, conditions, cells, basal=start, units=units, library=library, seed=seed)
+    result = rooms.predict(
+        fitted, conditions, cells, basal=start, times=times, units=units, library=library, seed=seed
+    )
     _write_h5ad(result, out)
     said = {"counts": "in counts", "lognorm": "in log(1 + counts per 10,000)"}
     shown = said.get(result.uns["causalcell"]["units"], "in the units of the training data")
-    print(f"{result.n_obs:,} cells of {len(conditions)} perturbations x {result.n_vars} genes {shown}: {out}")
+    at = ""
+    if "time" in result.obs:
+        seen = list(dict.fromkeys(result.obs["time"]))
+        at = f" at {_many(len(seen), 'time')} ({_numbers(seen)})"
+    of = f"{_many(len(conditions), 'perturbation')}{at}"
+    print(f"{result.n_obs:,} cells of {of} x {result.n_vars} genes {shown}: {out}")
+
+
+def trajectories(
+    run: Path,
+    perturb: list[str] | str,
+    out: Path,
+    *,
+    time: list[str] | str | None = None,
+    samples: PositiveInt = 50,
+    cells: PositiveInt = 256,
+    seed: NonNegativeInt = 0,
+    device: str = "auto",
+) -> None:
+    """Follow programmes over time under perturbations, measured or not, with intervals.
+
+    Args:
+        run: Run folder of a fit of a model that follows cells over time.
+        perturb: Perturbation to follow, such as A, A+B or control; repeat it for several.
+        out: File to write (netCDF): mean, low and high of each programme over condition and time, and the
+            standard deviation of single cells.
+        time: Time, from the first snapshot on; repeat it for several. Every snapshot of the fit if not given.
+        samples: Draws of what the fit is unsure of, behind the 90 % intervals.
+        cells: Simulated cells of each draw.
+        seed: Seed of the draws.
+        device: "auto" takes the GPU if there is one; or "cpu", "cuda".
+    """
+    _check_out(out)
+    from pyro_causalcell import predict as rooms
+
+    fitted = _load(run, device)
+    conditions = _listed(perturb)
+    times = _asked_times(fitted, _listed(time))
+    paths = rooms.trajectories(fitted, conditions, times, n_samples=samples, n_cells=cells, seed=seed)
+    with _whole(out) as part:
+        paths.to_netcdf(part, engine="h5netcdf")
+    size = " x ".join(_many(paths.sizes[name], name) for name in ("condition", "time", "programme"))
+    print(f"{size}, in {paths.attrs['units']}: {out}")
+    _print_movements(paths)
 
 
 def evaluate(
@@ -865,11 +927,13 @@ def study(
     """Run a study: a paper's tables, method by method, beside the paper's own numbers.
 
     Args:
-        name: The study: sparse-shift, latent-scm, norman, simulated-screen or unseen-singles.
+        name: The study: sparse-shift, latent-scm, norman, simulated-screen, unseen-singles, temporal-scm,
+            semrau or hipsc.
         out: Folder to write: table.csv, a page of tables, figures; a folder named as the study if not
             given. A study that was stopped goes on from there.
         data: Norman 2019, for the study of that name: an h5ad file of scPerturb or CPA, or the folder with
-            GEO's files; the subset in the package if not given.
+            GEO's files; the subset in the package if not given. For hipsc, an h5ad file of counts with the
+            obs columns target and time; simulated screens if not given.
         methods: Only these methods; repeat it for several. The baselines are always there.
         seeds: Seeds of every fit.
         full: The size of Norman 2019, for simulated-screen.
@@ -1008,6 +1072,33 @@ def _described_screen(options: Mapping[str, Any]) -> "tuple[Screen, Split]":
         table = pca_embedding(training_means(screen, split.train), further=unseen)
         screen = _screen(options, min_cells, embeddings=table, unseen=unseen)
     return screen, split
+
+
+def _asked_times(fitted: "Fit", texts: Sequence[str]) -> list[float] | None:
+    """Times as numbers, from the fit's first snapshot on; None if none were given."""
+    if not texts:
+        return None
+    if "time" not in getattr(fitted.model, "needs", set()):
+        raise DataError("this model does not follow cells over time; leave out --time")
+    known, column = fitted.dims.times, fitted.screen.time
+    try:
+        times = [float(text) for text in texts]
+    except ValueError:
+        times = []
+    if not times or not all(known[0] <= time < float("inf") for time in times):
+        raise DataError(
+            f"expected numbers from {known[0]:g} on for --time, found {', '.join(texts)}; the snapshots of "
+            f"this fit (column {column}) are {_numbers(known)}"
+        )
+    return times
+
+
+def _many(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def _listed(names: list[str] | str | None) -> list[str]:
@@ -1188,6 +1279,30 @@ def _print_checks(table: "pd.DataFrame") -> None:
         print(
             f"- {row['statistic'].replace('_', ' ')}{gene}, {row.iloc[0]}: {row['observed']:.3g}, {side} "
             f"{row['low']:.3g} to {row['high']:.3g}"
+        )
+
+
+def _lagged_graph(fitted: "Fit") -> "pd.DataFrame | None":
+    """Which programme acts on which a step later; None for a model without such edges."""
+    from pyro_causalcell.predict import lagged_graph
+
+    try:
+        return lagged_graph(fitted)
+    except PredictionError:
+        return None
+
+
+def _print_movements(paths: "xr.Dataset") -> None:
+    """When and where programmes are furthest from control, or from where they start."""
+    from pyro_causalcell.data.spec import CONTROL
+    from pyro_causalcell.evaluate import largest_movements
+
+    first = _numbers([float(paths["time"][0])])
+    origin = "control" if CONTROL in paths["condition"].values else f"time {first}"
+    for _, row in largest_movements(paths).head(MOVEMENTS).iterrows():
+        print(
+            f"- {row['condition']}, {row['programme']}: {row['change']:+.2f} from {origin} at time "
+            f"{row['time']:g} (mean {row['mean']:.2f}, 90 % interval {row['low']:.2f} to {row['high']:.2f})"
         )
 
 
@@ -1372,9 +1487,19 @@ COMMANDS = {
         predict,
         ("run",),
         {
-            "what to predict": "perturb NAME, cells N, basal FILE.h5ad, units counts|lognorm, library X",
+            "what to predict": "perturb NAME, cells N, time T, basal FILE.h5ad, units counts|lognorm, "
+            "library X",
             "result": "out FILE.h5ad",
             "how": "seed N, device auto|cpu|cuda",
+        },
+    ),
+    "trajectories": _Command(
+        trajectories,
+        ("run",),
+        {
+            "what to follow": "perturb NAME, time T",
+            "result": "out FILE.nc",
+            "how": "samples N, cells N, seed N, device auto|cpu|cuda",
         },
     ),
     "evaluate": _Command(

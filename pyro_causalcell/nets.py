@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pyro_causalcell.batch import Batch
 from pyro_causalcell.distributions import StraightThroughGate
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ImageEncoder",
     "MaskedLinear",
     "Norm",
+    "encoded_together",
     "straight_through",
     "with_interactions",
 ]
@@ -160,6 +162,24 @@ class Encoder(nn.Module):
         self.loc.bias.copy_(map_kk @ self.loc.bias + offset_k)
         self.log_scale.weight.zero_()
         self.log_scale.bias.copy_((map_kk**2 @ variance_k).log() / 2)
+
+
+def encoded_together(encoder: Encoder, cells: Batch, control: Batch | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Location and scale of cells, n, k, and location of their control cells, in one pass.
+
+    In passes of their own cells and control cells would be normalised by different statistics in training,
+    and by neither of them in evaluation.
+
+    Args:
+        encoder: An encoder of x and batch columns.
+        cells: The cells.
+        control: Their control cells; without them the last tensor has no rows.
+    """
+    both = [cells] if control is None else [cells, control]
+    x_ng = torch.cat([b.x_ng for b in both if b.x_ng is not None])
+    loc, scale = encoder(x_ng, torch.cat([b.batch_nb for b in both]))
+    n = cells.n_cells
+    return loc[:n], scale[:n], loc[n:]
 
 
 class Decoder(nn.Module):

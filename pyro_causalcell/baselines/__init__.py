@@ -10,7 +10,7 @@ from pyro_causalcell.baselines.compare import (
     score_predictors,
 )
 from pyro_causalcell.baselines.duplicates import InterpolatedDuplicate, TechnicalDuplicate
-from pyro_causalcell.baselines.fitted import ModelPredictor, Oracle
+from pyro_causalcell.baselines.fitted import ModelPredictor, Oracle, TimeModelPredictor
 from pyro_causalcell.baselines.gears import GEARS
 from pyro_causalcell.baselines.lfads import LFADS
 from pyro_causalcell.baselines.means import (
@@ -91,6 +91,7 @@ __all__ = [
     "TimeCellPredictor",
     "TimeMatchedControl",
     "TimeMatchedMean",
+    "TimeModelPredictor",
     "TimePredictionsFile",
     "TimePredictor",
     "TimeRecipe",

@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 
+import anndata as ad
 import numpy as np
 from numpy.typing import NDArray
 
 from pyro_causalcell.baselines.means import log_cp10k
 from pyro_causalcell.data import Screen
-from pyro_causalcell.errors import DataError
+from pyro_causalcell.errors import DataError, PredictionError
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.predict import predict
 
-__all__ = ["ModelPredictor", "Oracle"]
+__all__ = ["ModelPredictor", "Oracle", "TimeModelPredictor"]
 
 
 class ModelPredictor:
@@ -50,12 +51,94 @@ class ModelPredictor:
         return [self._drawn(name, n_cells, seed) for name in conditions]
 
     def _drawn(self, condition: str, n_cells: int, seed: int) -> NDArray[np.float64]:
-        drawn = predict(self.fit, [condition], n_cells=n_cells, basal=self.basal, seed=seed)
-        x_ng = np.asarray(drawn.X, dtype=np.float64)
-        if not self.fit.screen.is_counts:
-            return x_ng
-        library_given = self.fit.screen.library is not None
-        return log_cp10k(x_ng, drawn.obs["library"].to_numpy() if library_given else x_ng.sum(1))
+        return _expression(
+            self.fit, predict(self.fit, [condition], n_cells=n_cells, basal=self.basal, seed=seed)
+        )
+
+
+class TimeModelPredictor:
+    """A fit of a model that follows cells over time, as a predictor over time.
+
+    Args:
+        fit: The fit.
+        name: What tables and figures call it.
+        n_cells: Cells drawn for a mean.
+        seed: Seed of the draws.
+        basal: Cells that set out for a time from the last of their snapshots that is not after it, and lend
+            their library sizes; control cells usually. None draws the past of cells, and their libraries
+            from all training cells.
+
+    Attributes:
+        seen_rows: Rows that the fit has looked at, in training or to know when to stop.
+
+    Raises:
+        PredictionError: The model does not follow cells over time, or basal cells have no times.
+    """
+
+    def __init__(
+        self,
+        fit: Fit,
+        name: str = "model",
+        n_cells: int = 2000,
+        seed: int = 0,
+        basal: Screen | None = None,
+    ):
+        if "time" not in getattr(fit.model, "needs", set()):
+            raise PredictionError(
+                "this model does not follow cells over time; fit temporal-scm, or take ModelPredictor"
+            )
+        if basal is not None and basal.time_n is None:
+            raise PredictionError("basal cells need times; open them with Screen.from_spec(fit.screen, ...)")
+        self.fit, self.name, self.n_cells, self.seed, self.basal = fit, name, n_cells, seed, basal
+        self.seen_rows = np.union1d(fit.split.train, fit.split.validation)
+
+    def predict(self, conditions: Sequence[str], times: Sequence[float]) -> NDArray[np.float64]:
+        """Mean expression of each condition at each time, shape (c, t, g), in log1p CP10k.
+
+        Raises:
+            PredictionError: No basal cell is as early as a time.
+        """
+        drawn = ((self._drawn(name, time, self.n_cells, self.seed) for time in times) for name in conditions)
+        return np.stack([[x_ng.mean(0) for x_ng in of_condition] for of_condition in drawn])
+
+    def cells(
+        self, conditions: Sequence[str], times: Sequence[float], n_cells: int, seed: int = 0
+    ) -> list[list[NDArray[np.float64]]]:
+        """Cells drawn from the posterior predictive: one list per condition, one array per time.
+
+        Raises:
+            PredictionError: No basal cell is as early as a time.
+        """
+        return [[self._drawn(name, time, n_cells, seed) for time in times] for name in conditions]
+
+    def _drawn(self, condition: str, time: float, n_cells: int, seed: int) -> NDArray[np.float64]:
+        drawn = predict(
+            self.fit, [condition], n_cells=n_cells, basal=self._start(time), times=[time], seed=seed
+        )
+        return _expression(self.fit, drawn)
+
+    def _start(self, time: float) -> Screen | None:
+        """The last snapshot of the basal cells up to a time."""
+        if self.basal is None or self.basal.time_n is None:
+            return None
+        time_n = self.basal.time_n
+        before_n = time_n <= np.float32(time)
+        if not before_n.any():
+            raise PredictionError(
+                f"expected basal cells of the time {time:g} or before, found none before {time_n.min():g}; "
+                "add earlier ones"
+            )
+        last_n = before_n & (time_n == time_n[before_n].max())
+        return Screen.from_spec(self.fit.screen, self.basal.adata[last_n].copy())
+
+
+def _expression(fit: Fit, drawn: ad.AnnData) -> NDArray[np.float64]:
+    """Predicted cells in log1p CP10k; normalised values as they are."""
+    x_ng = np.asarray(drawn.X, dtype=np.float64)
+    if not fit.screen.is_counts:
+        return x_ng
+    library_given = fit.screen.library is not None
+    return log_cp10k(x_ng, drawn.obs["library"].to_numpy() if library_given else x_ng.sum(1))
 
 
 class Oracle:

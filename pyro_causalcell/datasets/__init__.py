@@ -1,6 +1,6 @@
-"""Real data sets: two small ones that come with the package, and readers of the public files of others."""
+"""Real data sets: three small ones that come with the package, and readers of the public files of others."""
 
-from pyro_causalcell.datasets.embedded import norman2019_subset, papalexi2021
+from pyro_causalcell.datasets.embedded import norman2019_subset, papalexi2021, semrau2017
 from pyro_causalcell.datasets.images import read_causal3dident
 from pyro_causalcell.datasets.pathways import replogle_pathways
 from pyro_causalcell.datasets.readers import read_norman2019, read_replogle2022
@@ -12,4 +12,5 @@ __all__ = [
     "read_norman2019",
     "read_replogle2022",
     "replogle_pathways",
+    "semrau2017",
 ]

@@ -3,10 +3,11 @@
 from importlib.resources import as_file, files
 
 import anndata as ad
+import pandas as pd
 
 from pyro_causalcell.data import read
 
-__all__ = ["norman2019_subset", "papalexi2021"]
+__all__ = ["norman2019_subset", "papalexi2021", "semrau2017"]
 
 MAX_RECOVERY_ERROR = 0.1
 """Counts recovered from normalised values are off by less than this, or the cell is left out."""
@@ -45,6 +46,24 @@ def norman2019_subset() -> ad.AnnData:
     failed_n = (adata.obs["recov_err"] > MAX_RECOVERY_ERROR).to_numpy()
     adata = adata[~failed_n].copy()
     adata.uns["dropped_cells"] = {f"recov_err above {MAX_RECOVERY_ERROR}": int(failed_n.sum())}
+    return adata
+
+
+def semrau2017() -> ad.AnnData:
+    """A time course of mouse embryonic stem cells after retinoic acid.
+
+    2,449 cells x 41 genes, raw UMI counts in X. obs: ``time_h`` (nine times from 0 to 96 hours) and
+    ``target``, which is ``control`` for all: every cell was treated, so there is nothing to compare with, and
+    only times can be held out. Totals of these 41 genes are small (a median of 12) and not the full library;
+    16 cells have none.
+
+    ``Screen(semrau2017(), control="control", time="time_h", allow_empty=True)``
+
+    Source:
+        Semrau et al. 2017, Nature Communications 8, 1096.
+    """
+    adata = _embedded("semrau2017.h5ad", "Semrau et al. 2017, Nature Communications")
+    adata.obs["target"] = pd.Categorical(["control"] * adata.n_obs)
     return adata
 
 

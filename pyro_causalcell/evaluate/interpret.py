@@ -62,8 +62,8 @@ def programme_signatures(fit: Fit, *, n_cells: int = 256, seed: int = 0) -> xr.D
 
     Control cells are drawn from the model, with the global latents at their posterior means. One programme at
     a time is set one standard deviation below its mean in these cells, then one above; all other programmes
-    stay as drawn. What the decoder then expects is averaged over the cells. Where the model follows cells over
-    time, these are control cells of the first snapshot.
+    stay as drawn. What the decoder then expects is averaged over the cells. Where the model follows cells
+    over time, these are control cells of the first snapshot.
 
     A programme's sign is arbitrary in most models, so that of its whole signature is too.
 

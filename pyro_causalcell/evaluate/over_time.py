@@ -1,5 +1,7 @@
 """Measured cells beside what is predicted over time: courses of programmes, effects on genes."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -47,15 +49,19 @@ def measured_trajectories(fit: Fit, screen: Screen, rows: NDArray[np.int64] | No
     table = pd.DataFrame(found.obsm["X_causalcell"][rows], columns=found.uns["causalcell"]["programmes"])
     groups = table.groupby([pd.Series(names, name="condition"), pd.Series(screen.time_n[rows], name="time")])
     order = [name for name in screen.conditions if name in set(names)]
-    over = {"condition": order, "time": np.unique(screen.time_n[rows]), "programme": list(table)}
-    index = pd.MultiIndex.from_product([over["condition"], over["time"]], names=["condition", "time"])
-    shape = tuple(len(axis) for axis in over.values())
+    times = np.unique(screen.time_n[rows])
+    index = pd.MultiIndex.from_product([order, times], names=["condition", "time"])
+    shape = (len(order), len(times), table.shape[1])
     values = {"mean": groups.mean(), "se": groups.sem()}
-    variables = {
+    over = {
+        "condition": order,
+        "time": times.astype(str).astype(float),
+        "programme": list(table),
+    }  # 0.1 stays 0.1
+    variables: dict[str, Any] = {
         name: (tuple(over), value.reindex(index).to_numpy().reshape(shape)) for name, value in values.items()
     }
     cells = groups.size().reindex(index, fill_value=0).to_numpy().reshape(shape[:2])
-    over["time"] = over["time"].astype(str).astype(float)  # 0.1 stays 0.1
     return xr.Dataset(variables | {"cells": (("condition", "time"), cells)}, over)
 
 

@@ -6,6 +6,12 @@ from pyro_causalcell.plot.comparison import calibrated_scores, compare_methods, 
 from pyro_causalcell.plot.effects import effect_intervals
 from pyro_causalcell.plot.graph import graph_heatmap, order_graph, top_genes
 from pyro_causalcell.plot.interpret import interaction_map, signature_heatmap
+from pyro_causalcell.plot.over_time import (
+    effects_over_time,
+    lagged_graph,
+    time_embedding,
+    trajectories,
+)
 from pyro_causalcell.plot.style import DIVERGING, OKABE_ITO, style
 from pyro_causalcell.plot.training import training_curve
 
@@ -16,8 +22,10 @@ __all__ = [
     "compare_methods",
     "coverage",
     "effect_intervals",
+    "effects_over_time",
     "graph_heatmap",
     "interaction_map",
+    "lagged_graph",
     "order_graph",
     "pareto_k",
     "pit",
@@ -29,6 +37,8 @@ __all__ = [
     "signature_heatmap",
     "study_table",
     "style",
+    "time_embedding",
     "top_genes",
     "training_curve",
+    "trajectories",
 ]

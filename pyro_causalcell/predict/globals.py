@@ -47,7 +47,7 @@ def design(fit: Fit, conditions: Sequence[str]) -> Tensor:
 
 
 def stub_batch(fit: Fit, u_np: Tensor, library: float = 1.0, batch_nb: Tensor | None = None) -> Batch:
-    """Cells that carry a design and nothing else.
+    """Cells that carry a design and nothing else; of the last snapshot, where the screen has times.
 
     Args:
         fit: The fit.
@@ -67,6 +67,7 @@ def stub_batch(fit: Fit, u_np: Tensor, library: float = 1.0, batch_nb: Tensor | 
         condition_n=torch.zeros(n, dtype=torch.long, device=device),
         index_n=torch.arange(n, device=device),
         n_total=n,
+        time_n=torch.full((n,), fit.dims.times[-1], device=device) if fit.dims.times else None,
     )
 
 
@@ -147,8 +148,8 @@ def lagged_graph(fit: Fit) -> pd.DataFrame:
 
     Returns:
         One row per possible edge: ``parent``, ``programme``, ``probability`` that the edge is there,
-        ``weight`` (posterior mean of its slope at zero, in standard deviations of control programmes) and
-        ``weight_sd``.
+        ``weight`` (posterior mean of the linear part of its effect, in standard deviations of control
+        programmes) and ``weight_sd``.
 
     Raises:
         PredictionError: The model has no lagged edges.

@@ -19,6 +19,7 @@ from pyro_causalcell.evaluate.interpret import classify_doubles, doubles_of, enr
 from pyro_causalcell.evaluate.likelihood import iw_nll
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.predict import effects, graph, programme_names
+from pyro_causalcell.report.over_time import OverTime, follows_cells, gather_over_time
 from pyro_causalcell.report.replicates import Moments
 
 __all__ = ["ALL_CELLS", "Cells", "Evidence", "control_rows", "gather", "scored_means"]
@@ -83,10 +84,11 @@ class Evidence:
         n_replicates: Replicated data sets of the predictive checks.
         calibrated: Cells of the calibration.
         calibration: What ``evaluate.calibration`` returns for them.
-        audit: What the design can identify, with the fit's own graph.
+        audit: What the design can identify, with the fit's own graph; None for control cells alone.
         weighed: Cells of the likelihood.
         likelihood: nll, pareto_k, ess and mc_se of each.
         n_particles: Draws per cell of the likelihood.
+        over_time: Responses over time; None for models that do not follow cells over time.
     """
 
     graph: pd.DataFrame
@@ -102,10 +104,11 @@ class Evidence:
     n_replicates: int
     calibrated: Cells
     calibration: Calibration
-    audit: Audit
+    audit: Audit | None
     weighed: Cells
     likelihood: xr.Dataset
     n_particles: int
+    over_time: OverTime | None
 
 
 def gather(
@@ -156,7 +159,16 @@ def gather(
         weighed=weighed,
         likelihood=iw_nll(fit, screen, weighed.rows, n_particles=n_particles, seed=seed),
         n_particles=n_particles,
+        over_time=_over_time(fit, screen, edges, likely, held_out, seed),
     )
+
+
+def _over_time(
+    fit: Fit, screen: Screen, edges: pd.DataFrame, likely: Sequence[str], held_out: Cells, seed: int
+) -> OverTime | None:
+    if not follows_cells(fit):
+        return None
+    return gather_over_time(fit, screen, edges, likely, (held_out.rows, held_out.words), INTERVAL, seed)
 
 
 def _enrichment(
@@ -212,8 +224,10 @@ def _checks(
     return moments.arrays(), pd.concat(tables, ignore_index=True)
 
 
-def _audit(fit: Fit, screen: Screen, edges: pd.DataFrame, seed: int) -> Audit:
-    """With the fit's graph, or without one for a model that has none."""
+def _audit(fit: Fit, screen: Screen, edges: pd.DataFrame, seed: int) -> Audit | None:
+    """With the fit's graph, or without one for a model that has none; None for control cells alone."""
+    if not screen.condition_n[fit.split.train].any():
+        return None
     if edges.empty:
         return audit(screen, len(programme_names(fit)), rows=fit.split.train, seed=seed)
     return audit(screen, fit=fit, seed=seed)

@@ -13,6 +13,7 @@ from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.posterior import sample_sites
 from pyro_causalcell.predict import programme_names
 from pyro_causalcell.predict.globals import stub_batch
+from pyro_causalcell.report.over_time import follows_cells
 
 __all__ = ["Ranks", "read_ranks", "sbc_command"]
 
@@ -44,7 +45,12 @@ def read_ranks(folder: str | Path, fit: Fit) -> Ranks:
     Raises:
         DataError: A file is missing or another one, or the ranks are of another model's latents.
     """
-    folder = Path(folder)
+    folder, command = Path(folder), sbc_command(fit)
+    if command is None:
+        raise DataError(
+            "expected a model of single snapshots for sbc=, found one that follows cells over time, which "
+            "'pyro-causalcell sbc' cannot simulate; leave it out."
+        )
     try:
         table, ranks = pd.read_csv(folder / "sbc.csv"), pd.read_csv(folder / "ranks.csv")
         picture = (folder / "sbc.png").read_bytes()
@@ -61,16 +67,18 @@ def read_ranks(folder: str | Path, fit: Fit) -> Ranks:
     if ranked != own:
         raise DataError(
             f"{folder} has ranks of the latents {ranked}, and the model of this fit has {own}; run "
-            f"'{sbc_command(fit)}'."
+            f"'{command}'."
         )
     return Ranks(table.assign(finding=table["finding"].fillna("")), len(ranks), picture)
 
 
-def sbc_command(fit: Fit) -> str:
-    """What checks the pair of a fit on small simulated screens.
+def sbc_command(fit: Fit) -> str | None:
+    """What checks the pair of a fit on small simulated screens; None where these cannot, for lack of times.
 
     Factors that weigh the prior are switched off, since it refuses them.
     """
+    if follows_cells(fit):
+        return None
     chosen = fit.settings["model"]
     if chosen["settings"] is None:  # built by the user, so no command knows how
         return "pyro_causalcell.evaluate.sbc(model, guide, pyro_causalcell.evaluate.design_screen())"

@@ -80,11 +80,13 @@ def training_section(history: pd.DataFrame) -> str:
     return html.figure(plot.training_curve(history), caption)
 
 
-def graph_section(graph: pd.DataFrame) -> str:
+def graph_section(graph: pd.DataFrame, *, over_time: bool = False) -> str:
     """Perturbations by programmes as a figure and as a table.
 
     Args:
-        graph: Columns perturbation, programme, probability, effect, effect_sd.
+        graph: Columns perturbation, programme, probability, effect, effect_sd; cut where perturbations cut
+            programmes off their parents.
+        over_time: Whether a shift is that of one step.
     """
     if graph.empty:
         return html.paragraph("Perturbations move no programme in this model.")
@@ -96,6 +98,10 @@ def graph_section(graph: pd.DataFrame) -> str:
         "deviations of the programme in the control state. Edges more likely than not are ringed. "
         "The sign of a programme is arbitrary; equal colours in one column mean equal direction."
     )
+    if over_time:
+        caption += (
+            " A shift is what the perturbation adds in every step; what it comes to over time is shown below."
+        )
     if hidden:
         caption += f" {len(hidden)} perturbations without a likely edge are in the table only."
     if drawn.empty:
@@ -108,8 +114,11 @@ def graph_section(graph: pd.DataFrame) -> str:
         "head sorts. Distrust an effect whose probability is low: it says how far the shift would be if it "
         "were there."
     )
+    if "cut" in graph:
+        text += " Cut: the probability that the perturbation cuts the programme off from its parents."
     rows = rows.rename(columns={"effect_sd": "effect s.d."})
     formats = {"probability": "{:.3f}".format, "effect": "{:+.2f}".format, "effect s.d.": "{:.2f}".format}
+    formats |= {"cut": "{:.3f}".format}
     label = "Filter by perturbation or programme"
     return picture + "<h3>All edges</h3>" + html.paragraph(text) + html.table(rows, formats, label=label)
 
@@ -241,21 +250,24 @@ def _kinds(table: pd.DataFrame) -> list[str]:
     return sentences
 
 
-def effects_section(effects: xr.Dataset | None, interval: float, *, controls: bool = True) -> str:
+def effects_section(
+    effects: xr.Dataset | None, interval: float, *, controls: bool = True, when: str = ""
+) -> str:
     """Genes each perturbation changes most, with intervals.
 
     Args:
         effects: What ``predict.effects`` returns, for the conditions to show; None if there are none.
         interval: Probability of the intervals.
         controls: Whether control cells were trained on.
+        when: The time of the effects, in words; empty for models without time.
     """
     against = "control" if controls else "the model's control state"
     unmeasured = "" if controls else " (no perturbation), which was not measured here"
     body = html.paragraph(
-        f"Change of expected expression against {against}{unmeasured}, for the perturbations with a likely "
-        f"edge. Lines are {interval:.0%} intervals of the posterior: they cover what the model is unsure of, "
-        "not cell-to-cell spread and not errors of the model itself. Genes are ranked by the end of the "
-        "interval nearer to zero."
+        f"Change of expected expression against {against}{unmeasured}{when and f' {when}'}, for the "
+        f"perturbations with a likely edge. Lines are {interval:.0%} intervals of the posterior: they cover "
+        "what the model is unsure of, not cell-to-cell spread and not errors of the model itself. Genes "
+        "are ranked by the end of the interval nearer to zero."
     )
     if effects is None:
         return body + html.paragraph("There are none.")
@@ -437,12 +449,17 @@ def _foreseen(measured: Calibration) -> str:
     )
 
 
-def audit_section(audit: Audit) -> str:
+def audit_section(audit: Audit | None) -> str:
     """What the design can identify, with the fit's own graph.
 
     Args:
-        audit: What ``evaluate.audit`` returns.
+        audit: What ``evaluate.audit`` returns; None for control cells alone.
     """
+    if audit is None:
+        return html.paragraph(
+            "All training cells are controls. Without perturbations single programmes cannot be told from "
+            "mixtures of them, so name none."
+        )
     frame = audit.to_frame()
     frame["status"] = frame["status"].map(_SYMBOLS)
     kinds = {"status": {text: status for status, text in _SYMBOLS.items()}}
@@ -491,13 +508,18 @@ def audit_section(audit: Audit) -> str:
     )
 
 
-def ranks_section(ranks: Ranks | None, command: str) -> str:
+def ranks_section(ranks: Ranks | None, command: str | None) -> str:
     """Simulation-based calibration, or how to make it.
 
     Args:
         ranks: What was read; None if none was given.
-        command: What makes it.
+        command: What makes it; None where it cannot be made.
     """
+    if ranks is None and command is None:
+        return html.paragraph(
+            "Its simulated screens have no times, so it says nothing of a model that follows cells over "
+            "time. See how far predicted effects over time agree with cells that were not trained on."
+        )
     if ranks is None:
         return html.paragraph(
             f"Not run for this page. Make it with '{command}' (minutes to an hour), then write the report "
@@ -574,7 +596,9 @@ def likelihood_section(likelihood: xr.Dataset, n_particles: int, cells: str) -> 
     return html.paragraph(text) + html.tiles(sizes) + note + html.figure(plot.pareto_k(k), caption)
 
 
-def comparison_section(scores: pd.DataFrame, cells: str, *, seen: bool, model: str = "model") -> str:
+def comparison_section(
+    scores: pd.DataFrame, cells: str, *, seen: bool, model: str = "model", over_time: bool = False
+) -> str:
     """The model beside the baselines and the technical duplicate.
 
     Args:
@@ -582,6 +606,7 @@ def comparison_section(scores: pd.DataFrame, cells: str, *, seen: bool, model: s
         cells: Which cells were predicted, in words.
         seen: Whether other cells of every one of these conditions were trained on.
         model: Name of the model among the methods.
+        over_time: Whether the model follows cells over time.
     """
     if scores.empty:
         return html.paragraph(
@@ -605,6 +630,12 @@ def comparison_section(scores: pd.DataFrame, cells: str, *, seen: bool, model: s
             f" Other cells of every condition here were trained on. So for single perturbations {own} "
             f"{'are' if controls else 'is'} as good as means can be, and a model shows its worth by coming "
             "close; to see it predict the unseen, hold out perturbations or combinations."
+        )
+    if over_time:
+        text += (
+            " Means here are over all snapshots, and the model's give every snapshot the same weight; the "
+            "time-matched mean is that of perturbed cells of the same times. For scores at each time, hold "
+            "out perturbations or times and use baselines.compare_times."
         )
     if not controls:
         text += (

@@ -61,7 +61,7 @@ def summarise_graph(graph: pd.DataFrame, effects: xr.Dataset | None = None, n_ge
     """One sentence for each programme that perturbations move, then the rest in brief.
 
     Args:
-        graph: Columns perturbation, programme, probability, effect.
+        graph: Columns perturbation, programme, probability, effect, and cut where perturbations cut parents.
         effects: What ``predict.effects`` returns; adds the genes that the perturbations of a programme change
             alike.
         n_genes: Genes named in each direction.
@@ -74,6 +74,12 @@ def summarise_graph(graph: pd.DataFrame, effects: xr.Dataset | None = None, n_ge
     sentences = [
         _programme_sentence(graph, name, members, effects, n_genes) for name, members in groups.items()
     ]
+    cutters = graph[graph["cut"] > _LIKELY] if "cut" in graph else graph[:0]
+    sentences += [
+        f"{join(list(rows['perturbation']))} {'cuts' if len(rows) == 1 else 'cut'} {plain(str(name))} off "
+        "from its parents, its own past too."
+        for name, rows in cutters.groupby("programme", sort=False)
+    ]
     best = graph.groupby("perturbation", sort=False)["probability"].max()
     unsure = graph[graph["probability"].between(_LIKELY, _SURE, inclusive="right")]
     if len(unsure):
@@ -82,7 +88,7 @@ def summarise_graph(graph: pd.DataFrame, effects: xr.Dataset | None = None, n_ge
             for row in unsure.itertuples()
         ]
         sentences.append(f"Likely but not sure: {join(pairs)}.")
-    silent = list(best.index[best <= _LIKELY])
+    silent = [name for name in best.index[best <= _LIKELY] if name not in set(cutters["perturbation"])]
     if silent:
         verb = "shows" if len(silent) == 1 else "show"
         sentences.append(

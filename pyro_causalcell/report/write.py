@@ -20,6 +20,12 @@ from pyro_causalcell.inference.fitted import atomic_write
 from pyro_causalcell.report import html
 from pyro_causalcell.report import sections as parts
 from pyro_causalcell.report.evidence import ALL_CELLS, INTERVAL, Evidence, control_rows, gather
+from pyro_causalcell.report.over_time import (
+    OverTime,
+    effects_over_time_section,
+    lagged_section,
+    trajectories_section,
+)
 from pyro_causalcell.report.ranks import Ranks, read_ranks, sbc_command
 from pyro_causalcell.report.summary import (
     caveats,
@@ -49,9 +55,10 @@ def write_report(
     and gene sets they hold; effects with intervals; kinds of the doubles, if there are any; held-out means
     beside all baselines, with scores between a floor and a ceiling; predictive checks by statistic and
     condition; calibration of intervals per class of genes; the audit of the design; simulation-based
-    calibration if it was run; likelihood; training. Each part says what its numbers mean and when to distrust
-    them. Its tables sort, and filter by perturbation, with a script in the page; without scripts everything
-    is shown.
+    calibration if it was run; likelihood; training. Of a model that follows cells over time it also has the
+    lagged graph, courses of programmes, and effects at each time. Each part says what its numbers mean and
+    when to distrust them. Its tables sort, and filter by perturbation, with a script in the page; without
+    scripts everything is shown.
 
     Args:
         fit: The fit.
@@ -89,7 +96,7 @@ def render(fit: Fit, screen: Screen, evidence: Evidence, ranks: Ranks | None = N
     unit = "counts" if screen.is_counts else "log-normalised"
     graph, seen = evidence.graph, _all_seen(fit, screen, evidence)
     controls = len(control_rows(fit, screen)) > 0
-    together = _of_all_cells(evidence)
+    together, over = _of_all_cells(evidence), evidence.over_time
     sections = {
         "Summary": parts.summary_section(
             summarise_graph(graph, evidence.effects),
@@ -104,11 +111,16 @@ def render(fit: Fit, screen: Screen, evidence: Evidence, ranks: Ranks | None = N
         "What was fitted": parts.settings_section(
             _describe(fit, evidence.signatures.sizes["programme"]), _flat(_settings(fit))
         ),
-        "Perturbations and programmes": parts.graph_section(graph),
+        "Perturbations and programmes": parts.graph_section(graph, over_time=over is not None),
+        **({} if over is None else _over_time(over, graph, screen.is_counts)),
         "Genes of programmes": parts.programmes_section(evidence.signatures, graph, evidence.enrichment),
-        "Effects": parts.effects_section(evidence.effects, INTERVAL, controls=controls),
+        "Effects": parts.effects_section(
+            evidence.effects, INTERVAL, controls=controls, when="" if over is None else _last(fit, over)
+        ),
         **({} if evidence.doubles is None else {"Doubles": parts.doubles_section(evidence.doubles)}),
-        "Baselines": parts.comparison_section(evidence.scores, evidence.held_out.words, seen=seen),
+        "Baselines": parts.comparison_section(
+            evidence.scores, evidence.held_out.words, seen=seen, over_time=over is not None
+        ),
         "Predictive checks": parts.checks_section(
             evidence.checks, evidence.check_table, unit, evidence.checked.words, evidence.n_replicates
         ),
@@ -125,6 +137,21 @@ def render(fit: Fit, screen: Screen, evidence: Evidence, ranks: Ranks | None = N
     today = datetime.date.today().isoformat()
     footer = f"pyro_causalcell {pyro_causalcell.__version__}, {today}"
     return html.page(title, subtitle, sections, footer)
+
+
+def _over_time(over: OverTime, graph: pd.DataFrame, is_counts: bool) -> dict[str, str]:
+    """The sections of a fit that follows cells over time."""
+    units = "log1p CP10k" if is_counts else "normalised values"
+    return {
+        "Lagged graph": lagged_section(over.lagged, graph),
+        "Programmes over time": trajectories_section(over),
+        "Effects over time": effects_over_time_section(over.effects, over.compared, over.unit, units),
+    }
+
+
+def _last(fit: Fit, over: OverTime) -> str:
+    """Where effects are shown, in words."""
+    return f"at {over.unit} {fit.dims.times[-1]:g}, the last snapshot"
 
 
 def _sizes(fit: Fit, graph: pd.DataFrame) -> dict[str, str]:

@@ -19,6 +19,8 @@ STUDIES = {
     "joining": "pyro_causalcell.studies.joining:run",
     "unseen-singles": "pyro_causalcell.studies.unseen_singles:run",
     "temporal-scm": "pyro_causalcell.studies.temporal:run",
+    "semrau": "pyro_causalcell.studies.semrau:run",
+    "hipsc": "pyro_causalcell.studies.hipsc:run",
 }
 """Name of a study -> the function that runs it."""
 

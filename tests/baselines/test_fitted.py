@@ -1,12 +1,20 @@
 import numpy as np
 import pytest
 
-from pyro_causalcell.baselines import ModelPredictor, Oracle, condition_means, log_cp10k, training_means
-from pyro_causalcell.data import Screen, held_out_combinations
-from pyro_causalcell.errors import DataError
+from pyro_causalcell.baselines import (
+    ModelPredictor,
+    Oracle,
+    TimeCellPredictor,
+    TimeModelPredictor,
+    condition_means,
+    log_cp10k,
+    training_means,
+)
+from pyro_causalcell.data import Screen, held_out_combinations, held_out_times
+from pyro_causalcell.errors import DataError, PredictionError
 from pyro_causalcell.inference import fit
 from pyro_causalcell.predict import predict
-from pyro_causalcell.simulate import expected_counts, sparse_shift
+from pyro_causalcell.simulate import expected_counts, sparse_shift, temporal_scm
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +88,56 @@ def test_oracle_needs_counts_of_the_same_cells(simulation):
         Oracle(screen, np.ones((5, 40)))
     with pytest.raises(DataError, match="no cells of"):
         Oracle(screen, expected_counts(simulation)).predict([f"{screen.targets[0]}+{screen.targets[1]}"])
+
+
+@pytest.fixture(scope="module")
+def evolved():
+    """A temporal fit of simulated counts, few genes and one epoch."""
+    cells = temporal_scm(
+        n_genes=40,
+        n_invariant=1,
+        n_responsive=2,
+        n_perturbations=2,
+        n_combinations=0,
+        times=(1, 2, 4),
+        cells_per_snapshot=20,
+        truth_draws=5,
+        likelihood="nb",
+    )
+    screen = Screen(cells, control="control", time="time", allow_empty=True)
+    settings = {"n_invariant": 1, "n_responsive": 2, "n_hidden": 8, "epochs": 2, "warm_start": 1}
+    split = held_out_times(screen, 4.0)
+    return fit("temporal-scm", None, screen, split=split, progress=False, compile=False, **settings), screen
+
+
+def test_temporal_model_predicts_the_mean_of_its_cells_at_each_time(evolved):
+    trained, screen = evolved
+    model = TimeModelPredictor(trained, "mine", n_cells=30, seed=2)
+    assert isinstance(model, TimeCellPredictor)
+    means = model.predict(["P02", "control"], [2.0, 3.5, 4.0])
+    assert means.shape == (2, 3, 40)
+    drawn = predict(trained, ["P02"], 30, times=[3.5], seed=2).X
+    np.testing.assert_allclose(means[0, 1], log_cp10k(drawn, drawn.sum(1)).mean(0))
+    cells = model.cells(["P02"], [2.0, 3.5], n_cells=30, seed=2)
+    np.testing.assert_allclose(cells[0][1].mean(0), means[0, 1])
+    assert not np.isin(np.flatnonzero(screen.time_n == 4), model.seen_rows).any()
+
+
+def test_temporal_model_starts_from_the_last_snapshot_before(evolved):
+    trained, screen = evolved
+    control = screen.adata[(screen.condition_n == 0) & (screen.time_n < 4)].copy()
+    basal = Screen.from_spec(trained.screen, control)
+    model = TimeModelPredictor(trained, n_cells=30, seed=2, basal=basal)
+    last = Screen.from_spec(trained.screen, control[control.obs["time"] == 2].copy())
+    drawn = predict(trained, ["P01"], 30, basal=last, times=[4.0], seed=2).X
+    np.testing.assert_allclose(model.predict(["P01"], [4.0])[0, 0], log_cp10k(drawn, drawn.sum(1)).mean(0))
+    with pytest.raises(PredictionError, match="found none before 1"):
+        model.predict(["P01"], [0.5])
+
+
+def test_temporal_predictions_need_a_temporal_model(trained, evolved):
+    with pytest.raises(PredictionError, match="or take ModelPredictor"):
+        TimeModelPredictor(trained)
+    timeless = Screen(evolved[1].adata, control="control", allow_empty=True)
+    with pytest.raises(PredictionError, match="basal cells need times"):
+        TimeModelPredictor(evolved[0], basal=timeless)

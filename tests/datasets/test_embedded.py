@@ -1,7 +1,7 @@
 import numpy as np
 
 from pyro_causalcell.data import Screen
-from pyro_causalcell.datasets import norman2019_subset, papalexi2021
+from pyro_causalcell.datasets import norman2019_subset, papalexi2021, semrau2017
 
 
 def test_papalexi2021_is_a_screen_of_counts():
@@ -29,3 +29,13 @@ def test_norman2019_subset_leaves_out_two_cells_and_says_so():
     # log1p of counts per 10,000 of the true depth, as PROVENANCE.md says
     x_ng = np.log1p(screen.x(np.arange(3373)) / screen.library_n[:, None] * 1e4)
     assert np.corrcoef(x_ng.ravel(), adata.X.toarray().ravel())[0, 1] > 0.999
+
+
+def test_semrau2017_is_a_time_course_of_counts():
+    adata = semrau2017()
+    assert adata.shape == (2449, 41)
+    screen = Screen(adata, control="control", time="time_h", allow_empty=True)
+    screen.require_counts()
+    assert screen.targets == []
+    assert screen.describe().times == [0.0, 6.0, 12.0, 24.0, 36.0, 48.0, 60.0, 72.0, 96.0]
+    assert np.median(screen.library_n) == 12

@@ -1,0 +1,476 @@
+"""Unseen knock-outs over time, one left out at a time: the shape of the CITE-VAE paper's study of hiPSCs.
+
+Each fold holds out all cells of one knock-out, at all times; embeddings of the targets are all that is known
+of it. Without a file the screens are simulated, in the shape of that study: 23 knock-outs and control on days
+2 to 5, 1,000 genes, 25,248 cells of counts. Genes, changed genes and settings come from training cells alone.
+
+Source: CITE-VAE (arXiv 2605.25581), section 5, its Tables 2 and 4; Ishikawa et al., Communications Biology
+2023, for the data.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from pyro_causalcell import inference, simulate
+from pyro_causalcell.baselines import (
+    LFADS,
+    RENGE,
+    Comparison,
+    ScNODE,
+    TimeModelPredictor,
+    TimePredictor,
+    compare_times,
+    pca_embedding,
+    random_embedding,
+    training_means,
+)
+from pyro_causalcell.baselines.means import group_moments
+from pyro_causalcell.data import Screen, held_out_perturbations, read, read_embeddings
+from pyro_causalcell.errors import CausalCellError, DataError
+from pyro_causalcell.models.temporal_scm import PRESETS
+from pyro_causalcell.studies.runner import Job, Scores, finished, run_jobs, summarise, write_table
+
+__all__ = ["METHODS", "METRICS", "PAPER", "SETTINGS", "run", "simulated_screen", "table_jobs"]
+
+STUDY = "hipsc"
+OURS, REFERENCES = "ours", "references"
+
+MODELS: dict[str, dict[str, Any]] = {
+    OURS: {},
+    "ours, no alignment": PRESETS["no-alignment"],
+    "ours, no sparsity": PRESETS["no-sparsity"],
+    "ours, neither": PRESETS["no-alignment"] | PRESETS["no-sparsity"],
+}
+"""Settings of the model that make each row of ours."""
+OTHERS = ("RENGE", "scNODE", "LFADS")
+METHODS = (*MODELS, *OTHERS)
+
+INFORMATIVE, RANDOM = "informative embeddings", "random embeddings"
+PRINCIPAL, GIVEN = "PCA embeddings", "given embeddings"
+SETTINGS = (INFORMATIVE, RANDOM)
+"""What describes the targets of a simulated screen: its true mechanisms, turned and with noise, or noise."""
+
+METRICS = {
+    "pearson_control": "Pearson of effects",
+    "rmse": "RMSE",
+    "mae": "MAE",
+    "auprc_train_de": "AUPRC, training DE",
+    "auprc_lift_train_de": "the same / prevalence",
+    "auroc_train_de": "AUROC, training DE",
+    "auprc_lift_test_top": "AUPRC / prevalence, top 100",
+    "e_distance": "E-distance",
+}
+"""Columns of the table, with their headings; see ``compare_times``. Training DE genes are those that any
+training knock-out changes at any time. Where that is all of them, they have no scores; so it is in simulated
+screens, where every gene follows every programme, and the 100 genes of largest effect take their place."""
+COMPARED = ("pearson_control", "rmse", "mae", "auprc_lift_train_de", "auprc_lift_test_top", "e_distance")
+"""Metrics of the page of paired differences."""
+
+
+def _paper_numbers() -> dict[tuple[str, str, str], float]:
+    """Table 2 and 4 of the paper under the names of this study; it has no row for the others' baselines."""
+    columns = ("rmse", "mae", "pearson_control", "auroc_train_de", "auprc_train_de")
+    rows: dict[str, tuple[float | None, ...]] = {
+        OURS: (0.086, 0.033, 0.691, 0.931, 0.617),
+        "ours, no alignment": (0.116, 0.048, 0.389, 0.938, 0.547),
+        "ours, no sparsity": (0.111, 0.046, 0.399, 0.943, 0.559),
+        "ours, neither": (0.108, 0.044, 0.385, 0.940, 0.537),
+        "RENGE": (0.857, None, None, 0.594, 0.970),
+        "scNODE": (0.106, 0.183, 0.455, None, None),
+        "LFADS": (0.531, 0.275, 0.401, 0.854, 0.528),
+        "elastic net in time, PCA embedding": (0.105, 0.011, None, 0.925, 0.625),
+    }
+    return {
+        (setting, method, metric): value
+        for setting in (PRINCIPAL, GIVEN)
+        for method, values in rows.items()
+        for metric, value in zip(columns, values, strict=True)
+        if value is not None
+    }
+
+
+PAPER = _paper_numbers()
+"""(setting, method, metric) -> the paper's number, of the real screen; its DE genes are a reading."""
+
+
+class Effort(NamedTuple):
+    """How much computing the study takes.
+
+    Attributes:
+        screen: Arguments of ``simulate.temporal_scm``.
+        model: Settings of the model and of training.
+        n_drawn: Cells behind each predicted mean.
+        n_cells: Cells of a condition at a time, for distances.
+        n_steps: Steps of RENGE, scNODE and LFADS; None is their own.
+        n_folds: Folds; None is every target.
+        n_genes: Genes of a file, the most variable in training cells.
+    """
+
+    screen: Mapping[str, Any]
+    model: Mapping[str, Any]
+    n_drawn: int
+    n_cells: int
+    n_steps: int | None
+    n_folds: int | None
+    n_genes: int
+
+
+EFFORTS = {
+    "full": Effort(
+        screen={
+            "n_genes": 1000,
+            "n_responsive": 6,
+            "n_invariant": 10,
+            "n_perturbations": 23,
+            "cells_per_snapshot": 263,
+            "library_size": 5000.0,
+        },
+        model={"n_responsive": 6, "n_invariant": 10, "epochs": 60},
+        n_drawn=2000,
+        n_cells=200,
+        n_steps=None,
+        n_folds=None,
+        n_genes=1000,
+    ),
+    "quick": Effort(
+        screen={
+            "n_genes": 60,
+            "n_responsive": 3,
+            "n_invariant": 2,
+            "n_perturbations": 5,
+            "cells_per_snapshot": 24,
+            "library_size": 1000.0,
+        },
+        model={
+            "n_responsive": 3,
+            "n_invariant": 2,
+            "epochs": 2,
+            "warm_start": 0,
+            "n_hidden": 8,
+            "compile": False,
+        },
+        n_drawn=40,
+        n_cells=20,
+        n_steps=3,
+        n_folds=1,
+        n_genes=30,
+    ),
+}
+DAYS = (2, 3, 4, 5)
+KNOCK_DOWN = 0.1
+"""Share of its transcripts that a simulated target keeps."""
+NOISE = 0.3
+"""Standard deviation of the noise of informative embeddings, whose columns have one of 1."""
+FIRST_SEED = 100
+"""Added to a job's seed: simulations of lower seeds were looked at while the method was worked out."""
+SPELLINGS = {"target": ("target", "perturbation", "gene"), "time": ("time", "day")}
+"""obs columns of a file that are looked for, in this order."""
+CONTROLS = ("control", "ctrl", "non-targeting", "NT", "WT")
+
+
+def table_jobs(
+    *,
+    data: str | Path | None = None,
+    embeddings: str | Path | None = None,
+    seeds: int = 3,
+    methods: Sequence[str] | None = None,
+    quick: bool = False,
+) -> list[Job]:
+    """The grid of the study.
+
+    Args:
+        data: As :func:`run`.
+        embeddings: Likewise.
+        seeds: Seeds of simulation and training, from 0.
+        methods: Which of :data:`METHODS`; None is all. The baselines are always there.
+        quick: Few genes, cells, folds and epochs: shows that all of it runs, not how good it is.
+
+    Raises:
+        CausalCellError: A method is unknown, or embeddings are given without a file.
+        DataError: There is no such file, or it lacks a column.
+    """
+    chosen = METHODS if methods is None else tuple(methods)
+    unknown = [name for name in chosen if name not in METHODS]
+    if unknown:
+        raise CausalCellError(f"unknown {unknown}; methods are {list(METHODS)}")
+    arguments: dict[str, Any] = {"size": "quick" if quick else "full"}
+    settings: tuple[str, ...] = SETTINGS
+    if data is None:
+        if embeddings is not None:
+            raise CausalCellError("embeddings= describe the targets of a file; pass data= as well")
+        targets = [f"P{p + 1:02d}" for p in range(EFFORTS[arguments["size"]].screen["n_perturbations"])]
+    else:
+        settings = (PRINCIPAL, RANDOM) if embeddings is None else (GIVEN, PRINCIPAL, RANDOM)
+        targets = _screen_of(read_screen(data)).targets
+        arguments["data"] = str(Path(data).resolve())
+    return [
+        Job(STUDY, setting, method, seed, arguments | {"target": target} | _table_of(setting, embeddings))
+        for setting in settings
+        for method in (REFERENCES, *chosen)
+        for target in targets[: EFFORTS[arguments["size"]].n_folds]
+        for seed in range(seeds)
+    ]
+
+
+def _table_of(setting: str, embeddings: str | Path | None) -> dict[str, str]:
+    """Where the embeddings of a setting come from, for the job's arguments."""
+    if setting != GIVEN or embeddings is None:
+        return {}
+    return {"embeddings": str(Path(embeddings).resolve())}
+
+
+def run(
+    out: str | Path = "hipsc-study",
+    *,
+    data: str | Path | None = None,
+    embeddings: str | Path | None = None,
+    methods: Sequence[str] | None = None,
+    seeds: int = 3,
+    workers: int = 1,
+    quick: bool = False,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Run the study, or go on with it, and write tables.
+
+    ``table.csv`` and ``table.md`` hold means over knock-outs and times; ``scores.csv`` every one of them;
+    ``differences.csv`` differences of ours from every other method, paired by knock-out, with 95 % intervals.
+
+    Args:
+        out: Folder of results; finished jobs in it are not run again.
+        data: A real screen: h5ad with counts in X, obs columns of the knock-out (``target``,
+            ``perturbation`` or ``gene``) and of the time (``time`` or ``day``). None simulates.
+        embeddings: CSV of embeddings of the file's targets, the first column holding their names.
+        methods: See :func:`table_jobs`.
+        seeds: Likewise.
+        workers: Processes.
+        quick: See :func:`table_jobs`.
+        progress: Show a progress bar.
+
+    Returns:
+        The table: study, setting, method, metric, mean, sd, n_seeds, paper.
+    """
+    out = Path(out)
+    jobs = table_jobs(data=data, embeddings=embeddings, seeds=seeds, methods=methods, quick=quick)
+    run_jobs(jobs, score_job, out, workers=workers, progress=progress)
+    done = finished(out, size="quick" if quick else "full")
+    place = None if data is None else str(Path(data).resolve())
+    same_data = done["arguments"].map(lambda arguments: arguments.get("data") == place)
+    scores = _long(done[same_data], simulated=data is None)
+    scores.to_csv(out / "scores.csv", index=False)
+    keys = ["setting", "method", "seed"]
+    rows = scores.pivot_table(index=keys, columns="metric", values="value", sort=False).reset_index()
+    table = summarise(STUDY, rows, {} if data is None else PAPER, list(METRICS))
+    differences = _differences(scores)
+    differences.to_csv(out / "differences.csv", index=False)
+    source = "All data is simulated." if data is None else f"Real data: {Path(data).name}."
+    note = f"{source} One knock-out held out at a time; mean ± sd over seeds."
+    write_table(table, out, METRICS, note, quick, _differences_page(differences))
+    return table
+
+
+def score_job(job: Job, folder: Path) -> Scores:
+    """Simulate or read, hold one knock-out out, train (or go on with it), score."""
+    effort, target = EFFORTS[job.arguments["size"]], job.arguments["target"]
+    screen, trained = _screen_without(job, effort, target)
+    split = held_out_perturbations(screen, [target], seed=job.seed, validation=0.0)
+    table = pd.DataFrame(screen.embedding_pe, screen.targets)
+    own: list[TimePredictor] = []
+    if job.method in MODELS:
+        own.append(_ours(job, screen, effort, folder))
+    elif job.method in OTHERS:
+        own.append(_other(job.method, screen, trained, job.seed, table, effort.n_steps))
+    found = compare_times(screen, own, [split], seeds=(job.seed,), n_cells=effort.n_cells).table
+    found = found[found["method"] == job.method] if own else found
+    columns = ["method", "condition", "time", "metric", "value"]
+    return {"scores": found.loc[found["metric"].isin(METRICS), columns].to_dict("list")}
+
+
+def _ours(job: Job, screen: Screen, effort: Effort, folder: Path) -> TimeModelPredictor:
+    settings = {"likelihood": "nb", **effort.model, **MODELS[job.method]}
+    if settings.get("gates") == "open":
+        settings["warm_start"] = 0  # no gates, no sparse axes to turn to
+    fit = inference.fit(
+        "temporal-scm",
+        None,
+        screen,
+        split=held_out_perturbations(screen, [job.arguments["target"]], seed=job.seed),
+        out=folder,
+        resume=True,
+        seed=job.seed,
+        progress=False,
+        **settings,
+    )
+    return TimeModelPredictor(fit, job.method, n_cells=effort.n_drawn, seed=job.seed)
+
+
+def _other(
+    method: str, screen: Screen, rows: NDArray[np.int64], seed: int, table: pd.DataFrame, n_steps: int | None
+) -> TimePredictor:
+    steps: dict[str, Any] = {} if n_steps is None else {"n_steps": n_steps}
+    if method == "RENGE":
+        return RENGE(screen, rows, seed, **steps)
+    if method == "LFADS":
+        return LFADS(screen, rows, seed, embedding=table, **steps)
+    return ScNODE(screen, rows, seed, embedding=table, **steps)
+
+
+# ---------------------------------------------------------------- screens
+
+
+def simulated_screen(size: str = "full", seed: int = 0) -> ad.AnnData:
+    """Simulates a screen of knock-outs over time whose targets are genes.
+
+    Snapshots of ``simulate.temporal_scm``; each target is also one of the better expressed genes, of whose
+    transcripts its cells keep a tenth. uns["informative embeddings"] describes a target by its true shift,
+    change of noise and cuts of each programme, standardised, in turned axes and with noise;
+    uns["random embeddings"] by noise.
+
+    Args:
+        size: "full" or "quick".
+        seed: Seed of everything.
+    """
+    arguments = EFFORTS[size].screen
+    cells = simulate.temporal_scm(
+        **arguments, times=DAYS, n_combinations=0, likelihood="nb", truth_draws=10, seed=seed
+    )
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 1]))
+    record = cells.uns["simulation"]
+    targets = [str(name) for name in record["perturbations"]]
+    x_ng = np.asarray(cells.X)
+    expressed = np.argsort(-x_ng.mean(0))[: cells.n_vars // 2]
+    genes = cells.var_names.to_numpy().astype(object)
+    for target, gene in zip(targets, rng.choice(expressed, len(targets), replace=False), strict=True):
+        genes[gene] = target
+        own_n = (cells.obs["target"] == target).to_numpy()
+        x_ng[own_n, gene] = rng.binomial(x_ng[own_n, gene].astype(np.int64), KNOCK_DOWN)
+    cells.var_names = genes.astype(str)
+    mechanism_pe = np.concatenate(
+        [record["shift_pv"], np.log(record["scale_pv"]), record["cut_pv"].astype(np.float64)], 1
+    )
+    varies_e = mechanism_pe.std(0) > 0
+    unit_pe = mechanism_pe[:, varies_e] / mechanism_pe[:, varies_e].std(0)
+    turn_ee = np.linalg.qr(rng.standard_normal((unit_pe.shape[1],) * 2))[0]
+    noise_pe = NOISE * rng.standard_normal(unit_pe.shape)
+    cells.uns[INFORMATIVE] = pd.DataFrame(unit_pe @ turn_ee + noise_pe, targets)
+    cells.uns[RANDOM] = random_embedding(targets, seed, unit_pe.shape[1])
+    return cells
+
+
+def read_screen(path: str | Path) -> ad.AnnData:
+    """Reads a real screen: obs["target"], obs["time"] and the totals over all genes in obs["total"].
+
+    Raises:
+        DataError: There is no such file, or it has none of the columns looked for.
+    """
+    cells = read(path)
+    for name, spellings in SPELLINGS.items():
+        found = [column for column in spellings if column in cells.obs]
+        if not found:
+            raise DataError(
+                f"expected an obs column {' or '.join(spellings)} in {path}, found {list(cells.obs)}; rename "
+                "yours"
+            )
+        cells.obs[name] = cells.obs[found[0]]
+    cells.obs["total"] = np.asarray(cells.X.sum(1), dtype=np.float64).ravel()
+    return cells
+
+
+def _screen_of(cells: ad.AnnData, **settings: Any) -> Screen:
+    library = "total" if "total" in cells.obs else None
+    return Screen(cells, control=CONTROLS, time="time", library=library, allow_empty=True, **settings)
+
+
+def _screen_without(job: Job, effort: Effort, target: str) -> tuple[Screen, NDArray[np.int64]]:
+    """The screen of a job with embeddings, and its training cells: those of other conditions."""
+    if "data" not in job.arguments:
+        cells = simulated_screen(job.arguments["size"], FIRST_SEED + job.seed)
+        screen = _screen_of(cells, embeddings=cells.uns[job.setting])
+        return screen, _rows_without(screen, target)
+    cells = read_screen(job.arguments["data"])
+    whole = _screen_of(cells)
+    rows = _rows_without(whole, target)
+    cells = cells[:, _variable_genes(whole, rows, effort.n_genes)].copy()
+    if job.setting == GIVEN:
+        table = read_embeddings(job.arguments["embeddings"])
+    elif job.setting == RANDOM:
+        table = random_embedding(whole.targets, job.seed)
+    else:
+        table = pca_embedding(training_means(_screen_of(cells), rows))
+    return _screen_of(cells, embeddings=table), rows
+
+
+def _rows_without(screen: Screen, target: str) -> NDArray[np.int64]:
+    """Cells that do not carry a target."""
+    return np.flatnonzero(screen.u_np[:, screen.targets.index(target)] == 0)
+
+
+def _variable_genes(screen: Screen, rows: NDArray[np.int64], n_genes: int) -> NDArray[np.bool_]:
+    """The genes that vary most in log1p CP10k over training cells, and the targets' own."""
+    variance_g = group_moments(screen, rows, np.zeros(len(rows), dtype=np.int64), 1).variance_cg[0]
+    chosen_g = np.isin(screen.genes, screen.targets)
+    chosen_g[np.argsort(-variance_g, kind="stable")[:n_genes]] = True
+    return chosen_g
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _long(jobs: pd.DataFrame, simulated: bool) -> pd.DataFrame:
+    """Columns setting, method, seed, condition, time, metric, value of all jobs, in the order of methods."""
+    parts = [
+        pd.DataFrame(job["scores"]).assign(setting=job["setting"], seed=job["seed"])
+        for job in jobs.to_dict("records")
+    ]
+    scores = pd.concat(parts, ignore_index=True)
+    if simulated:  # every seed has a screen of its own
+        scores["condition"] = "seed " + scores["seed"].astype(str) + ": " + scores["condition"]
+    place = {name: i for i, name in enumerate([*METHODS, *dict.fromkeys(scores["method"])])}
+    place |= {name: i for i, name in enumerate([INFORMATIVE, GIVEN, PRINCIPAL, RANDOM])}
+    by = ["setting", "method", "seed", "condition", "time"]
+    scores = scores.sort_values(by, key=lambda c: c.map(lambda v: place.get(v, v)), kind="stable")
+    return scores[[*by, "metric", "value"]].reset_index(drop=True)
+
+
+def _differences(scores: pd.DataFrame) -> pd.DataFrame:
+    """Ours less every other method, paired by knock-out; times and seeds of one are averaged first."""
+    parts = []
+    for setting, block in scores.groupby("setting", sort=False):
+        compared = Comparison(block, pd.DataFrame())
+        if OURS not in compared.methods:
+            continue
+        for reference in compared.methods:
+            if reference != OURS:
+                found = compared.differences(reference)
+                found = found[found["method"] == OURS].dropna(subset=["difference"])
+                parts.append(found.assign(setting=setting, reference=reference))
+    columns = ["setting", "reference", "metric", "difference", "low", "high", "better", "n_conditions"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def _differences_page(differences: pd.DataFrame) -> str:
+    """Differences in Markdown: bold where the 95 % interval is on the better side of zero."""
+    parts = []
+    for setting, block in differences.groupby("setting", sort=False):
+        n = int(block["n_conditions"].max())
+        lines = [
+            f"\n### {setting}: ours less each other method, {n} knock-outs, 95 % interval, bold if better\n",
+            "| from | " + " | ".join(METRICS[metric] for metric in COMPARED) + " |",
+            "|---" * (len(COMPARED) + 1) + "|",
+        ]
+        for reference, rows in block.groupby("reference", sort=False):
+            by_metric = rows.set_index("metric")
+            cells = [_words(by_metric.loc[m]) if m in by_metric.index else "–" for m in COMPARED]
+            lines.append(f"| {reference} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n".join(["", *parts]) + "\n"
+
+
+def _words(row: pd.Series) -> str:
+    text = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    return f"**{text}**" if row["better"] else text
