@@ -201,13 +201,20 @@ def simulate(
     control = "--control control" if "control" in targets else "--no-controls"
     said = sum(name != "control" for name in targets)
     record = adata.uns["simulation"]
-    blocks = (record.get("n_invariant", 0), record.get("n_responsive", 0))
-    n_latents = record["shift_pk"].shape[1] if "shift_pk" in record else sum(blocks)
     print(f"{adata.n_obs:,} cells x {adata.n_vars} genes, {said} perturbations: {out}")
     values = "" if record.get("noise_sd") is None else " --likelihood gaussian"
-    time = " --time time" if "time" in adata.obs else ""
-    words = f"--perturbation target {control}{time}{values} --latents {n_latents} --out run"
+    words = f"--perturbation target {control}{values} {_model_words(process, record)} --out run"
     print(f"next: {PROGRAM} fit {out} {words}")
+
+
+def _model_words(process: str, record: Mapping[str, Any]) -> str:
+    """Options of ``fit`` for the model that a simulation was drawn from."""
+    models = {"latent-scm": "weight-variant-scm", "temporal-scm": "temporal-scm"}
+    if process in models:
+        time = "--time time " if process == "temporal-scm" else ""
+        sizes = f"--invariant {record['n_invariant']} --responsive {record['n_responsive']}"
+        return f"{time}--model {models[process]} {sizes}"
+    return f"--latents {record['shift_pk'].shape[1] if 'shift_pk' in record else record['mean_ck'].shape[1]}"
 
 
 def fit(

@@ -44,13 +44,19 @@ def test_simulate_names_the_setting_that_does_not_fit(cli: Run) -> None:
             "latent-scm",
             "--n-genes 40 --n-train 130 --n-test 26 --n-combinations 1 --cells-per-combination 5",
             161,
-            ("13 perturbations", "--control control --likelihood gaussian --latents 11"),
+            (
+                "13 perturbations",
+                "--likelihood gaussian --model weight-variant-scm --invariant 7 --responsive 4",
+            ),
         ),
         (
             "temporal-scm",
             "--n-genes 40 --n-perturbations 2 --n-combinations 1 --times [1,3] --cells-per-snapshot 5",
             40,
-            ("3 perturbations", "--control control --time time --likelihood gaussian --latents 11"),
+            (
+                "3 perturbations",
+                "--likelihood gaussian --time time --model temporal-scm --invariant 7 --responsive 4",
+            ),
         ),
         (
             "screen",
