@@ -23,7 +23,6 @@ class Batch(NamedTuple):
     ``n_total``     number         cells that are fitted: sets the scale of the cells plate
     ``time_n``      n              time of each cell, where the screen has one
     ``control``     Batch          anchors, for a model that needs them
-    ``next``        Batch          the later snapshot, for a model that needs it
     ==============  =============  ====================================================================
     """
 
@@ -36,7 +35,6 @@ class Batch(NamedTuple):
     n_total: int
     time_n: Tensor | None = None
     control: "Batch | None" = None
-    next: "Batch | None" = None
 
     @property
     def n_cells(self) -> int:

@@ -34,7 +34,7 @@ def test_the_fields_of_a_batch_belong_to_its_cells(tiny_adata):
             assert field.dtype == torch.float32
         assert batch.condition_n.dtype == batch.index_n.dtype == torch.long
         assert batch.library_n1.shape == (len(rows), 1)
-        assert batch.control is None and batch.next is None
+        assert batch.control is None
 
 
 def test_order_depends_on_seed_and_epoch_only(tiny_screen):
