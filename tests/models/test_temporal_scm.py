@@ -447,3 +447,12 @@ def test_a_target_without_cells_is_predicted_from_its_embedding(simulated):
     assert float(width.sel(condition="P02")) > 1.5 * float(width.drop_sel(condition="P02").mean())
     assert described.model.embedding_pe.abs().sum() > 0
     assert predict(described, ["P02", "P01+P02"], 10, times=[3]).n_obs == 20
+
+
+def test_cells_and_control_cells_share_one_pass_of_the_encoder(batch):
+    """Passes of their own would leave batch normalisation with statistics that neither of them has."""
+    guide = _guide(norm="batch")
+    seen = []
+    guide.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    guide(batch)
+    assert seen == [2 * batch.n_cells]

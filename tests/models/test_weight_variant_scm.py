@@ -474,3 +474,12 @@ def test_a_run_reads_back(trained, simulated):
     pd.testing.assert_frame_equal(mechanism_graph(read), mechanism_graph(trained))
     double = simulated.uns["simulation"]["conditions"][-1]
     np.testing.assert_array_equal(*(predict(f, [double], 10).X for f in (trained, read)))
+
+
+def test_cells_and_control_cells_share_one_pass_of_the_encoder(batch):
+    """Passes of their own would leave batch normalisation with statistics that neither of them has."""
+    guide = _guide(norm="batch")
+    seen = []
+    guide.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    guide(batch)
+    assert seen == [2 * batch.n_cells]
