@@ -34,7 +34,15 @@ from pyro_causalcell.baselines.means import group_moments
 from pyro_causalcell.data import Screen, held_out_perturbations, read, read_embeddings
 from pyro_causalcell.errors import CausalCellError, DataError
 from pyro_causalcell.models.temporal_scm import PRESETS
-from pyro_causalcell.studies.runner import Job, Scores, finished, run_jobs, summarise, write_table
+from pyro_causalcell.studies.runner import (
+    Job,
+    Scores,
+    chosen_methods,
+    finished,
+    run_jobs,
+    summarise,
+    write_table,
+)
 
 __all__ = ["METHODS", "METRICS", "PAPER", "SETTINGS", "run", "simulated_screen", "table_jobs"]
 
@@ -195,10 +203,7 @@ def table_jobs(
         CausalCellError: A method is unknown, or embeddings are given without a file.
         DataError: There is no such file, or it lacks a column.
     """
-    chosen = METHODS if methods is None else tuple(methods)
-    unknown = [name for name in chosen if name not in METHODS]
-    if unknown:
-        raise CausalCellError(f"unknown {unknown}; methods are {list(METHODS)}")
+    chosen = chosen_methods(methods, list(METHODS))
     arguments: dict[str, Any] = {"size": "quick" if quick else "full"}
     settings: tuple[str, ...] = SETTINGS
     if data is None:

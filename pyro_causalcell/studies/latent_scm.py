@@ -17,10 +17,18 @@ from sklearn.decomposition import PCA
 
 from pyro_causalcell import evaluate, inference, predict, simulate
 from pyro_causalcell.data import Screen
-from pyro_causalcell.errors import CausalCellError
 from pyro_causalcell.models.weight_variant_scm import PRESETS
 from pyro_causalcell.plot import study_table
-from pyro_causalcell.studies.runner import Job, Scores, finished, run_jobs, summarise, write_table
+from pyro_causalcell.studies.runner import (
+    Job,
+    Scores,
+    chosen_jobs,
+    finished,
+    in_order,
+    run_jobs,
+    summarise,
+    write_table,
+)
 
 __all__ = ["METHODS", "METRICS", "PAPER", "run", "table_jobs"]
 
@@ -104,16 +112,7 @@ def table_jobs(
         CausalCellError: A setting or method is unknown.
     """
     known = [*METHODS, *REFERENCES]
-    unknown = [s for s in settings if s not in SETTINGS] + [m for m in methods or () if m not in known]
-    if unknown:
-        raise CausalCellError(f"unknown {unknown}; settings are {list(SETTINGS)}, methods {known}")
-    return [
-        Job(STUDY, setting, method, seed, {"quick": quick})
-        for setting in settings
-        for method in known
-        if methods is None or method in methods
-        for seed in range(seeds)
-    ]
+    return chosen_jobs(STUDY, settings, list(SETTINGS), methods, known, seeds, quick)
 
 
 def run(
@@ -143,10 +142,7 @@ def run(
     out = Path(out)
     jobs = table_jobs(settings, seeds=seeds, methods=methods, quick=quick)
     run_jobs(jobs, score_job, out, workers=workers, progress=progress)
-    rows = finished(out, quick=quick)
-    order = {"setting": list(SETTINGS), "method": [*METHODS, *REFERENCES]}
-    keys = rows.assign(**{name: rows[name].map(values.index) for name, values in order.items()})
-    rows = rows.loc[keys.sort_values(["setting", "method", "seed"]).index]
+    rows = in_order(finished(out, quick=quick), list(SETTINGS), [*METHODS, *REFERENCES])
     table = summarise(STUDY, rows, PAPER, list(METRICS))
     note = (
         "All data is simulated. Mean ± sd over seeds; in brackets the paper's number, with and without its "

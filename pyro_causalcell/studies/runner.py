@@ -19,7 +19,18 @@ from tqdm import tqdm
 
 from pyro_causalcell.errors import CausalCellError
 
-__all__ = ["Job", "Paper", "finished", "markdown", "run_jobs", "summarise", "write_table"]
+__all__ = [
+    "Job",
+    "Paper",
+    "chosen_jobs",
+    "chosen_methods",
+    "finished",
+    "in_order",
+    "markdown",
+    "run_jobs",
+    "summarise",
+    "write_table",
+]
 
 Scores = dict[str, Any]
 Paper = Mapping[tuple[str, str, str], float]
@@ -54,6 +65,64 @@ class Job:
 
 
 Work = Callable[[Job, Path], Scores]
+
+
+def chosen_methods(methods: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    """The methods that were asked for; all if None.
+
+    Raises:
+        CausalCellError: A method is unknown.
+    """
+    chosen = tuple(known if methods is None else methods)
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise CausalCellError(f"unknown {unknown}; methods are {list(known)}")
+    return chosen
+
+
+def chosen_jobs(
+    study: str,
+    settings: Sequence[str],
+    known_settings: Sequence[str],
+    methods: Sequence[str] | None,
+    known_methods: Sequence[str],
+    seeds: int,
+    quick: bool,
+) -> list[Job]:
+    """Every setting that was asked for, with every method that was, in the order of those known.
+
+    Args:
+        study: Name of the study.
+        settings: Settings asked for.
+        known_settings: All of them.
+        methods: Methods asked for; None is all.
+        known_methods: All of them, references too.
+        seeds: Seeds of each cell, from 0.
+        quick: The jobs' only argument.
+
+    Raises:
+        CausalCellError: A setting or method is unknown.
+    """
+    asked = known_methods if methods is None else methods
+    unknown = [s for s in settings if s not in known_settings] + [m for m in asked if m not in known_methods]
+    if unknown:
+        raise CausalCellError(
+            f"unknown {unknown}; settings are {list(known_settings)}, methods {list(known_methods)}"
+        )
+    return [
+        Job(study, setting, method, seed, {"quick": quick})
+        for setting in settings
+        for method in known_methods
+        if method in asked
+        for seed in range(seeds)
+    ]
+
+
+def in_order(rows: pd.DataFrame, settings: Sequence[str], methods: Sequence[str]) -> pd.DataFrame:
+    """Rows of jobs in the order of settings, methods and seeds."""
+    order = {"setting": list(settings), "method": list(methods)}
+    keys = rows.assign(**{name: rows[name].map(values.index) for name, values in order.items()})
+    return rows.loc[keys.sort_values(["setting", "method", "seed"]).index]
 
 
 def run_jobs(

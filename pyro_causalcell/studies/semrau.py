@@ -37,9 +37,17 @@ from pyro_causalcell.baselines.compare import components
 from pyro_causalcell.baselines.means import expression
 from pyro_causalcell.baselines.temporal import line_weights
 from pyro_causalcell.data import Screen, Split, held_out_times
-from pyro_causalcell.errors import CausalCellError
 from pyro_causalcell.evaluate.calibration import interval_coverage, randomised_pit
-from pyro_causalcell.studies.runner import Job, Scores, finished, run_jobs, summarise, write_table
+from pyro_causalcell.studies.runner import (
+    Job,
+    Scores,
+    chosen_methods,
+    finished,
+    in_order,
+    run_jobs,
+    summarise,
+    write_table,
+)
 
 __all__ = ["METHODS", "METRICS", "SETTINGS", "CountsInTime", "run", "table_jobs"]
 
@@ -223,10 +231,7 @@ def table_jobs(*, seeds: int = 3, methods: tuple[str, ...] | None = None, quick:
     Raises:
         CausalCellError: A method is unknown.
     """
-    chosen = METHODS if methods is None else tuple(methods)
-    unknown = [name for name in chosen if name not in METHODS]
-    if unknown:
-        raise CausalCellError(f"unknown {unknown}; methods are {list(METHODS)}")
+    chosen = chosen_methods(methods, list(METHODS))
     return [
         Job(STUDY, setting, method, seed, {"quick": quick})
         for setting in SETTINGS
@@ -263,10 +268,7 @@ def run(
     out = Path(out)
     jobs = table_jobs(seeds=seeds, methods=methods, quick=quick)
     run_jobs(jobs, score_job, out, workers=workers, progress=progress)
-    rows = finished(out, quick=quick)
-    order = {"setting": list(SETTINGS), "method": [*METHODS, *REFERENCES]}
-    keys = rows.assign(**{name: rows[name].map(values.index) for name, values in order.items()})
-    rows = rows.loc[keys.sort_values(["setting", "method", "seed"]).index]
+    rows = in_order(finished(out, quick=quick), list(SETTINGS), [*METHODS, *REFERENCES])
     table = summarise(STUDY, rows, {}, list(METRICS))
     note = (
         "Semrau et al. 2017, real data: 2,449 cells, 41 genes, nine times. A table is named for the times "

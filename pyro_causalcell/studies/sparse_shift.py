@@ -23,7 +23,7 @@ from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import CausalCellError
 from pyro_causalcell.models.sparse_shift import PRESETS
 from pyro_causalcell.plot import reliability, study_table
-from pyro_causalcell.studies.runner import Job, Scores, finished, run_jobs, summarise, write_table
+from pyro_causalcell.studies.runner import Job, Scores, finished, in_order, run_jobs, summarise, write_table
 
 __all__ = ["METHODS", "METRICS", "PAPER", "run", "table_jobs"]
 
@@ -409,9 +409,7 @@ def _counts(adata: ad.AnnData) -> np.ndarray:
 def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
     """Settings and methods in the order of the tables, seeds ascending."""
     settings = [setting for table in _TABLES.values() for setting, _, _ in table]
-    order = {"setting": settings, "method": [*METHODS, *REFERENCES]}
-    keys = rows.assign(**{name: rows[name].map(values.index) for name, values in order.items()})
-    return rows.loc[keys.sort_values(["setting", "method", "seed"]).index]
+    return in_order(rows, settings, [*METHODS, *REFERENCES])
 
 
 def _excess(rows: pd.DataFrame) -> pd.DataFrame:

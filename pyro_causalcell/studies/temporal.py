@@ -21,11 +21,19 @@ from sklearn.metrics import f1_score
 from pyro_causalcell import evaluate, inference, predict, simulate
 from pyro_causalcell.batch import Rotation
 from pyro_causalcell.data import Screen, Split, random_cells
-from pyro_causalcell.errors import CausalCellError
 from pyro_causalcell.inference.lagged_rotation import lagged_rotation
 from pyro_causalcell.models.temporal_scm import PRESETS
 from pyro_causalcell.plot import study_table
-from pyro_causalcell.studies.runner import Job, Scores, finished, run_jobs, summarise, write_table
+from pyro_causalcell.studies.runner import (
+    Job,
+    Scores,
+    chosen_jobs,
+    finished,
+    in_order,
+    run_jobs,
+    summarise,
+    write_table,
+)
 
 __all__ = ["METHODS", "METRICS", "SETTINGS", "run", "table_jobs"]
 
@@ -139,16 +147,7 @@ def table_jobs(
         CausalCellError: A setting or method is unknown.
     """
     known = [*METHODS, *REFERENCES]
-    unknown = [s for s in settings if s not in SETTINGS] + [m for m in methods or () if m not in known]
-    if unknown:
-        raise CausalCellError(f"unknown {unknown}; settings are {list(SETTINGS)}, methods {known}")
-    return [
-        Job(STUDY, setting, method, seed, {"quick": quick})
-        for setting in settings
-        for method in known
-        if methods is None or method in methods
-        for seed in range(seeds)
-    ]
+    return chosen_jobs(STUDY, settings, list(SETTINGS), methods, known, seeds, quick)
 
 
 def run(
@@ -178,10 +177,7 @@ def run(
     out = Path(out)
     jobs = table_jobs(settings, seeds=seeds, methods=methods, quick=quick)
     run_jobs(jobs, score_job, out, workers=workers, progress=progress)
-    rows = finished(out, quick=quick)
-    order = {"setting": list(SETTINGS), "method": [*METHODS, *REFERENCES]}
-    keys = rows.assign(**{name: rows[name].map(values.index) for name, values in order.items()})
-    rows = rows.loc[keys.sort_values(["setting", "method", "seed"]).index]
+    rows = in_order(finished(out, quick=quick), list(SETTINGS), [*METHODS, *REFERENCES])
     table = summarise(STUDY, rows, {}, list(METRICS))
     note = (
         "All data is simulated. Mean ± sd over seeds, on cells of the training conditions that nothing was "

@@ -23,8 +23,16 @@ from pyro_causalcell.baselines import (
     training_means,
 )
 from pyro_causalcell.data import Screen, Split, held_out_perturbations
-from pyro_causalcell.errors import CausalCellError
-from pyro_causalcell.studies.runner import Job, Scores, finished, run_jobs, summarise, write_table
+from pyro_causalcell.studies.runner import (
+    Job,
+    Scores,
+    chosen_methods,
+    finished,
+    in_order,
+    run_jobs,
+    summarise,
+    write_table,
+)
 
 __all__ = ["METHODS", "METRICS", "SETTINGS", "run", "table_jobs"]
 
@@ -97,10 +105,7 @@ def table_jobs(*, seeds: int = 3, methods: tuple[str, ...] | None = None, quick:
     Raises:
         CausalCellError: A method is unknown.
     """
-    chosen = tuple(METHODS) if methods is None else methods
-    unknown = [name for name in chosen if name not in METHODS]
-    if unknown:
-        raise CausalCellError(f"unknown {unknown}; methods are {list(METHODS)}")
+    chosen = chosen_methods(methods, list(METHODS))
     return [
         Job(STUDY, setting, method, seed, {"quick": quick})
         for setting in SETTINGS
@@ -134,10 +139,7 @@ def run(
     out = Path(out)
     jobs = table_jobs(seeds=seeds, methods=methods, quick=quick)
     run_jobs(jobs, score_job, out, workers=workers, progress=progress)
-    rows = finished(out, quick=quick)
-    order = {"setting": list(SETTINGS), "method": [*REFERENCES, *METHODS]}
-    keys = rows.assign(**{name: rows[name].map(values.index) for name, values in order.items()})
-    rows = rows.loc[keys.sort_values(["setting", "method", "seed"]).index]
+    rows = in_order(finished(out, quick=quick), list(SETTINGS), [*REFERENCES, *METHODS])
     table = summarise(STUDY, rows, {}, list(METRICS))
     note = "All data is simulated. Held-out single targets against their true means; mean ± sd over seeds."
     write_table(table, out, METRICS, note, quick)
