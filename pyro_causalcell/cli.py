@@ -250,6 +250,7 @@ def fit(
     settings: dict[str, Any] | None = None,
     epochs: PositiveInt | None = None,
     max_epochs: PositiveInt = 400,
+    refine: NonNegativeInt = 0,
     patience: PositiveInt = 15,
     warm_start: NonNegativeInt | None = None,
     batch_size: PositiveInt = 256,
@@ -310,6 +311,7 @@ def fit(
         settings: Any other argument of the model or the guide, as --settings.n_hidden 64.
         epochs: Train this many epochs; until the validation loss stops improving if not given.
         max_epochs: Upper limit when --epochs is not given.
+        refine: Epochs that follow, trained with ten draws of each cell: slower, and closer to the likelihood.
         patience: Epochs without improvement before the learning rate drops.
         warm_start: Epochs with all gates open before the programmes are turned; 0 for none.
         batch_size: Cells in a minibatch.

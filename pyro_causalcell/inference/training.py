@@ -48,6 +48,10 @@ LR_DROP = 0.3
 """Factor by which the learning rate drops when the validation ELBO stops improving."""
 LAST_LR = 0.01
 """Where the learning rate ends, as a share of its start, when the number of epochs is given."""
+REFINE_PARTICLES = 10
+"""Draws of each cell's latents while a fit is refined."""
+REFINE_LR = 0.75
+"""Learning rate at which refinement starts, as a share of training's."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Training:
 
     epochs: int | None = None
     max_epochs: int = 400
+    refine: int = 0
     patience: int = 15
     warm_start: int = 40
     batch_size: int = 256
@@ -96,6 +101,7 @@ def fit(
     split: Split | None = None,
     epochs: int | None = None,
     max_epochs: int = 400,
+    refine: int = 0,
     patience: int = 15,
     warm_start: int | None = None,
     batch_size: int = 256,
@@ -136,6 +142,9 @@ def fit(
         epochs: Train this many epochs, whatever the validation ELBO says (the best weights are kept).
             None trains until the validation ELBO stops improving, ``max_epochs`` at most.
         max_epochs: Upper limit when ``epochs`` is None.
+        refine: Epochs that follow, by the importance-weighted bound with 10 draws of each cell's latents and
+            with BatchNorm's statistics kept. An epoch takes about ten times the decoder; the fit comes closer
+            to the likelihood.
         patience: Epochs without a better validation ELBO before the learning rate drops.
         warm_start: Epochs with all gates open before the latent axes are turned to make shifts sparse
             (see ``sparse_rotation``); 0 turns it off. None: 25 for pairs that can be turned, but at most
@@ -151,7 +160,7 @@ def fit(
         elbo: Any Pyro ELBO (``TraceEnum_ELBO()``, ``RenyiELBO()``, ...) in place of the default engine.
         particles: Draws of each cell's latents in a step. With more than one the bound is the
             importance-weighted one, closer to the likelihood; a step takes about as many times the decoder.
-            ``fit(first, None, screen, particles=8)`` refines a fit.
+            See ``refine`` for a last stage of it.
         compile: Record and compile the training step: about twice as fast, after some 20 seconds beside the
             first steps. None does so where training is long enough to repay it; True at once, False never.
             A pair that cannot be recorded trains without it, and a warning says why.
@@ -177,9 +186,10 @@ def fit(
         TrainingError: A term is not finite; the last good checkpoint stays.
         CheckpointError: ``resume`` meets a checkpoint of other settings, data or code.
     """
-    if particles < 1 or (elbo is not None and particles > 1):
+    if min(particles - 1, refine) < 0 or (elbo is not None and (particles > 1 or refine)):
         raise TrainingError(
-            f"particles= is a number of draws for the default bound, found {particles}; set elbo='s own there"
+            f"particles= (1 or more) and refine= (0 or more) are of the default bound, found {particles} and "
+            f"{refine}; leave them out where elbo= is given, and set its own"
         )
     _seed_all(seed)
     if isinstance(model, Fit):
@@ -195,6 +205,7 @@ def fit(
     training = Training(
         epochs=epochs,
         max_epochs=max_epochs,
+        refine=refine,
         patience=patience,
         warm_start=_warm_epochs(warm_start, pair, epochs),
         batch_size=batch_size,
@@ -237,7 +248,7 @@ class Trainer:
         out: str | Path | None,
         further: bool = False,
     ):
-        self.further = further
+        self.further, self.progress = further, Progress(lr=training.lr)
         self.pair, self.dims, self.screen, self.split = pair, dims, screen, split
         self.training, self.seed, self.device = training, seed, device
         self.out = None if out is None else Path(out)
@@ -256,10 +267,17 @@ class Trainer:
         self.batches = cells(split.train, training.batch_size)
         self.validation = cells(split.validation, 1024, shuffle=False) if len(split.validation) else None
         first = next(self.batches.epoch(0))
+        self.best_state: dict[str, dict[str, Tensor]] = _copy(pair.state_dict())
         with _same_draws(seed, device):
             check_pair(pair.model, pair.guide, first)
-            _check_sites(pair, first, {**training.weights, **training.warmup}, training.particles)
+            _check_sites(pair, first, training)
             self.elbo = elbo or _needed_elbo(pair, first)
+        pair.load_state_dict(self.best_state)  # the checks moved BatchNorm's statistics
+        if self.elbo is not None and (training.particles > 1 or training.refine):
+            raise TrainingError(
+                f"this pair trains by {type(self.elbo).__name__}: its guide has latents that are enumerated "
+                "or without a pathwise gradient, which takes particles=1 and refine=0"
+            )
         self.optimizer = torch.optim.Adam(
             list(pair.parameters()),
             lr=training.lr,
@@ -269,9 +287,7 @@ class Trainer:
         )
         check_plain(pair)
         self.hash = self._hash()  # now, not later: the user may edit the model's file while it trains
-        self.progress = Progress(lr=training.lr)
         self.interrupts: list[int] = []
-        self.best_state: dict[str, dict[str, Tensor]] = _copy(pair.state_dict())
         if not training.warm_start:
             self._start_stage("training")
         self.engine = self._stage_engine()
@@ -281,7 +297,7 @@ class Trainer:
     def run(self, show: bool) -> None:
         """Train until done. Ctrl-C saves what is there and passes on."""
         last = self.training.epochs or self.training.max_epochs
-        bar = tqdm(total=last, disable=not show, unit="epoch")
+        bar = tqdm(total=last + self.training.refine, disable=not show, unit="epoch")
         try:
             with pyro.validation_enabled(False), bar, _heard_interrupts() as self.interrupts:
                 bar.update(self.progress.epoch)
@@ -340,8 +356,9 @@ class Trainer:
     def _training_mode(self) -> None:
         """Training further, BatchNorm keeps its statistics: their noise limits how well a decoder fits."""
         self.pair.train(True)
+        kept = self.further or self.progress.stage == "refinement"
         for module in (*self.pair.model.modules(), *self.pair.guide.modules()):
-            if self.further and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if kept and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
     def _gradients(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
@@ -359,7 +376,7 @@ class Trainer:
 
     def _terms(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
         if self.elbo is None:
-            return elbo_terms(self.pair.model, self.pair.guide, batch, weights, self.training.particles)
+            return elbo_terms(self.pair.model, self.pair.guide, batch, weights, self._particles)
         with SiteWeights(weights):
             loss = self.elbo.loss(self.pair.model, self.pair.guide, batch)  # type: ignore[attr-defined]
         return {"elbo": torch.as_tensor(-loss, device=self.device)}
@@ -440,19 +457,48 @@ class Trainer:
         if annealed and loss < state.best_loss:
             state.best_loss, state.best_epoch = loss, state.epoch
             self.best_state = _copy(self.pair.state_dict())
-        if training.epochs is not None:
-            state.done = state.epoch >= training.epochs
-            self._set_lr(
-                training.lr * max(LAST_LR, 1 - self._age() / max(1, training.epochs - state.stage_start))
-            )
-            return
-        state.done = state.epoch >= training.max_epochs
-        if annealed and state.epoch - max(state.best_epoch, state.stage_start) >= training.patience:
+        epochs = self._stage_epochs()
+        if epochs is not None:
+            self._set_lr(self._first_lr() * max(LAST_LR, 1 - self._age() / max(1, epochs)))
+        elif annealed and state.epoch - max(state.best_epoch, state.stage_start) >= training.patience:
             state.drops += 1
-            state.done = state.done or state.drops > training.lr_drops
             self.pair.load_state_dict(self.best_state)
             state.best_epoch = state.epoch
             self._set_lr(training.lr * LR_DROP**state.drops)
+        self._end_stage_if_over()
+
+    def _end_stage_if_over(self) -> None:
+        """After training comes refinement, where it is asked for."""
+        state, training = self.progress, self.training
+        if state.stage == "refinement":
+            state.done = self._age() >= training.refine
+            return
+        over = state.epoch >= (training.epochs or training.max_epochs) or state.drops > training.lr_drops
+        state.done = over and not (training.refine and state.stage == "training")
+        if over and not state.done:
+            if state.best_epoch >= 0:
+                self.pair.load_state_dict(self.best_state)
+            self._start_stage("refinement")
+            self.optimizer.state.clear()  # the moments belong to another bound
+            self._set_lr(self._first_lr())
+            self.engine = self._stage_engine()
+
+    def _stage_epochs(self) -> int | None:
+        """Epochs of this stage, if they are given."""
+        state, training = self.progress, self.training
+        if state.stage == "warm start":
+            return training.warm_start
+        if state.stage == "refinement":
+            return training.refine
+        return None if training.epochs is None else training.epochs - state.stage_start
+
+    def _first_lr(self) -> float:
+        return self.training.lr * (REFINE_LR if self.progress.stage == "refinement" else 1.0)
+
+    @property
+    def _particles(self) -> int:
+        asked = self.training.particles
+        return max(asked, REFINE_PARTICLES) if self.progress.stage == "refinement" else asked
 
     def _age(self) -> int:
         return self.progress.epoch - self.progress.stage_start
@@ -464,16 +510,12 @@ class Trainer:
 
     def _stage_engine(self) -> Engine:
         """A stage has an engine of its own: which parameters learn is part of a recorded step."""
-        state, training = self.progress, self.training
-        if state.stage == "warm start":
-            epochs = training.warm_start
-        elif training.epochs is not None:
-            epochs = training.epochs - state.stage_start
-        else:  # the least that it takes
-            epochs = training.patience * (training.lr_drops + 1)
+        epochs = self._stage_epochs()
+        if epochs is None:  # the least that it takes
+            epochs = self.training.patience * (self.training.lr_drops + 1)
         per_epoch = len(self.batches)
         return Engine(
-            self.pair, training.compile, epochs * per_epoch, self._age() * per_epoch, training.particles
+            self.pair, self.training.compile, epochs * per_epoch, self._age() * per_epoch, self._particles
         )
 
     def _hold_gates(self, held: bool) -> None:
@@ -515,7 +557,8 @@ class Trainer:
     # ---------------------------------------------------------- checkpoints
 
     def _hash(self) -> str:
-        training = {k: v for k, v in asdict(self.training).items() if k not in ("epochs", "max_epochs")}
+        lengths = ("epochs", "max_epochs", "refine")  # a run may be made longer
+        training = {k: v for k, v in asdict(self.training).items() if k not in lengths}
         chosen = {"training": training, "seed": self.seed, "settings": self._settings()}
         rows = [self.split.train.tolist(), self.split.validation.tolist(), self.screen.describe().to_json()]
         if self.screen.embedding_pe is not None:
@@ -571,15 +614,14 @@ class Trainer:
         torch.set_rng_state(state["rng"])
         if state["rng_cuda"] is not None:
             torch.cuda.set_rng_state(state["rng_cuda"], self.device)
-        last = self.training.epochs or self.training.max_epochs
-        self.progress.done = self.progress.epoch >= last or self.progress.drops > self.training.lr_drops
         self.engine = self._stage_engine()
+        self._end_stage_if_over()
 
     def result(self) -> Fit:
         """The fit with the best weights so far."""
         if self.progress.stage == "warm start":
             self._hold_gates(False)
-        if self.progress.stage == "training" and self.progress.best_epoch >= 0:
+        if self.progress.stage != "warm start" and self.progress.best_epoch >= 0:
             self.pair.load_state_dict(self.best_state)
         self.pair.train(False)
         history = pd.DataFrame(self.progress.history)
@@ -668,29 +710,33 @@ def _anchors(asked: Anchors | None, pair: Pair, screen: Screen) -> Anchors | Non
     return asked or ("twin" if screen.has_twins else "batch")
 
 
-def _check_sites(pair: Pair, batch: Batch, named: Mapping[str, float], particles: int) -> None:
+def _check_sites(pair: Pair, batch: Batch, training: Training) -> None:
     """Refuse weights of sites that do not exist, and what the importance-weighted bound cannot do."""
-    if not named and particles == 1:
+    named = {**training.weights, **training.warmup}
+    several = training.particles > 1 or training.refine > 0
+    if not named and not several:
         return
     traces = [poutine.trace(program).get_trace(batch) for program in (pair.model, pair.guide)]
     sites = {name: site for trace in traces for name, site in sample_sites(trace).items()}
     strange = sorted(named.keys() - sites.keys())
     if strange:
         raise PairError(f"weights= and warmup= take sites of the pair ({sorted(sites)}), found {strange}")
-    if particles == 1:
+    if not several:
         return
+    asked = f"particles={training.particles}, refine={training.refine}"
     local = {name: site for name, site in sites.items() if is_local(site)}
-    joined = sorted(named.keys() & local.keys())
+    weighed = named if training.particles > 1 else training.weights  # refinement follows the warm-up
+    joined = sorted(weighed.keys() & local.keys())
     if joined:
         raise TrainingError(
-            f"weights= and warmup= of the cells' sites {joined} need particles=1, found {particles}: the "
-            "importance-weighted bound has one term for all of them"
+            f"weights= and warmup= of the cells' sites {joined} need particles=1 and refine=0, found "
+            f"{asked}: the importance-weighted bound has one term for all of them"
         )
     nested = sorted(name for name, site in local.items() if len(site["cond_indep_stack"]) > 1)
     if nested:
         raise TrainingError(
-            f"sites {nested} are in another plate beside the cells', which particles={particles} does not "
-            "allow: declare its dimension by to_event, or train with particles=1"
+            f"sites {nested} are in another plate beside the cells', which {asked} does not allow: declare "
+            "its dimension by to_event, or train with particles=1 and refine=0"
         )
 
 

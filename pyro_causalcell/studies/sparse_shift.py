@@ -29,7 +29,7 @@ __all__ = ["METHODS", "METRICS", "PAPER", "run", "table_jobs"]
 
 STUDY = "sparse-shift"
 DEFAULT = "sVAE+ (ours)"
-REFINED = "sVAE+ (ours), refined"
+UNREFINED = "sVAE+ (ours, not refined)"
 RELEASED = "sVAE+ (released)"
 
 _OURS: dict[str, Any] = {"n_hidden": 256, "activation": "silu", "lr": 4e-3, "epochs": 150}
@@ -39,11 +39,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "iVAE": PRESETS["ivae"],
     "sVAE": PRESETS["svae"],
     RELEASED: {**PRESETS["released"], "alpha": 100.0},
-    DEFAULT: _OURS,
-    REFINED: {**_OURS, "refine": {"particles": 10, "lr": 3e-3, "epochs": 100}},
+    UNREFINED: _OURS,
+    DEFAULT: {**_OURS, "refine": 100},
 }
-"""Settings of the one model class and of training that make each method; ``refine`` are those of a second
-training that goes on from the first."""
+"""Settings of the one model class and of training that make each method."""
 
 SHARED = {"epochs": 100, "batch_size": 256, "lr": 2e-3, "warmup": {"z": 15}}
 
@@ -275,7 +274,7 @@ def score_job(job: Job, folder: Path) -> Scores:
         settings["alpha"] = alpha
     if quick:
         settings |= {"epochs": 4, "warmup": {"z": 1}, "n_hidden": 32, "batch_size": 128}
-        settings |= {"refine": {**settings["refine"], "epochs": 1}} if "refine" in settings else {}
+        settings |= {"refine": 1} if "refine" in settings else {}
     return _trained(job, train, held, settings, effort, folder)
 
 
@@ -295,11 +294,7 @@ def _trained(
     )
     n_latents = train.obsm["z"].shape[1]
     resumed: dict[str, Any] = {"seed": seed, "resume": True, "progress": False}
-    first = {name: value for name, value in settings.items() if name != "refine"}
-    fit = inference.fit(STUDY, None, screen, n_latents=n_latents, out=folder, **resumed, **first)
-    if "refine" in settings:
-        further = {"batch_size": settings["batch_size"], **settings["refine"]}
-        fit = inference.fit(fit, None, screen, out=folder / "refined", **resumed, **further)
+    fit = inference.fit(STUDY, None, screen, n_latents=n_latents, out=folder, **resumed, **settings)
     z_nk = predict.latents(fit, screen).obsm["X_causalcell"]
     truth_pk = _true_graph(train, screen.targets)
     edges = None if settings.get("gates") == "closed" else predict.graph(fit)
@@ -312,7 +307,7 @@ def _trained(
         n_kernel_cells=effort.n_kernel_cells,
         seed=seed,
     )
-    if edges is not None and method in (DEFAULT, REFINED):
+    if edges is not None and method in (UNREFINED, DEFAULT):
         scores |= _edge_reliability(edges, train.obsm["z"], z_nk, truth_pk)
     for protocol in ("clean", "paper"):
         nll = evaluate.interventional_nll(
@@ -451,6 +446,7 @@ def _reliability(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _best(fit: inference.Fit) -> float:
-    """Lowest validation −ELBO once no term was annealed any more."""
+    """Lowest validation −ELBO of the last stage, once no term was annealed any more."""
+    stage = fit.history["stage"]
     whole = fit.history.index >= max(fit.training["warmup"].values(), default=1) - 1
-    return float(fit.history.loc[whole & (fit.history["stage"] == "training"), "validation_loss"].min())
+    return float(fit.history.loc[whole & (stage == stage.iloc[-1]), "validation_loss"].min())

@@ -463,10 +463,50 @@ def _training_only(settings: dict) -> dict:
 def test_particles_are_checked(tiny_screen, quick):
     with pytest.raises(TrainingError, match="found 0"):
         fit(MODEL, None, tiny_screen, particles=0, **quick)
-    with pytest.raises(TrainingError, match="own there"):
+    with pytest.raises(TrainingError, match="set its own"):
         fit(MODEL, None, tiny_screen, particles=2, elbo=RenyiELBO(num_particles=2), **quick)
     with pytest.raises(TrainingError, match=r"'z'.*particles=1"):
         fit(MODEL, None, tiny_screen, particles=2, warmup={"z": 2}, **quick)
+
+
+def test_refinement_follows_training_with_statistics_kept(tiny_screen, quick):
+    settings = quick | {"epochs": 6, "warm_start": 2, "warmup": {"z": 3}}
+    first = fit(MODEL, None, tiny_screen, **settings)
+    refined = fit(MODEL, None, tiny_screen, refine=4, **settings)
+    stages = refined.history["stage"]
+    assert list(stages) == ["warm start"] * 2 + ["training"] * 4 + ["refinement"] * 4
+    columns = ["train_loss", "validation_loss"]
+    assert first.history[columns].equals(refined.history.loc[:5, columns])
+    last = refined.history[stages == "refinement"]
+    assert "term_cells" in last and last["term_cells"].notna().all()
+    assert last["lr"].is_monotonic_decreasing
+    assert last["lr"].iloc[0] == pytest.approx(training.REFINE_LR * first.training["lr"])
+    assert last["validation_loss"].min() < first.history["validation_loss"].min()
+    kept = [
+        {k: v for k, v in f.pair.state_dict()["guide"].items() if "running" in k} for f in (first, refined)
+    ]
+    assert kept[0] and all(torch.equal(v, kept[1][k]) for k, v in kept[0].items())
+
+
+def test_refinement_follows_early_stopping_and_can_be_asked_for_later(tiny_screen, quick, tmp_path):
+    settings = quick | {"epochs": None, "max_epochs": 30, "patience": 1, "lr_drops": 0, "out": tmp_path}
+    at_once = fit(MODEL, None, tiny_screen, refine=3, **settings | {"out": None})
+    first = fit(MODEL, None, tiny_screen, **settings)
+    assert first.finished and set(first.history["stage"]) == {"training"}
+    later = fit(MODEL, None, tiny_screen, refine=3, resume=True, **settings)
+    assert list(later.history["stage"].iloc[-3:]) == ["refinement"] * 3
+    assert _same(at_once, later)
+    again = fit(MODEL, None, tiny_screen, refine=3, resume=True, **settings)
+    assert _same(again, later) and len(again.history) == len(later.history)
+
+
+def test_refinement_is_refused_where_it_cannot_be(tiny_screen, quick, bare):
+    with pytest.raises(TrainingError, match="found 1 and -1"):
+        fit(MODEL, None, tiny_screen, refine=-1, **quick)
+    with pytest.raises(TrainingError, match=r"'z'.*refine=0"):
+        fit(MODEL, None, tiny_screen, refine=2, weights={"z": 2.0}, **quick)
+    with pytest.raises(TrainingError, match="TraceGraph_ELBO.*refine=0"):
+        fit(Mixture, KindGuide, tiny_screen, refine=2, **bare)
 
 
 class GenesInAPlate(PyroModule):
