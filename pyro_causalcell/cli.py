@@ -350,11 +350,14 @@ def fit(
     )
     _control(control, no_controls)
     from pyro_causalcell import inference
+    from pyro_causalcell.inference.distributed import is_first_process
 
     screen, split = _described_screen(options)
     trained = inference.fit(
         model, guide, screen, split=split, out=out, resume=resume, progress=not quiet, **training, **chosen
     )
+    if not is_first_process():
+        return
     _print_fit(trained)
     print(f"next: {PROGRAM} graph {out} --out graph.csv, or {PROGRAM} report {out} {data} --out report.html")
 
@@ -931,6 +934,7 @@ def study(
     full: bool = False,
     quick: bool = False,
     workers: PositiveInt = 1,
+    executor: Literal["processes", "ray"] = "processes",
     quiet: bool = False,
 ) -> None:
     """Run a study: a paper's tables, method by method, beside the paper's own numbers.
@@ -948,6 +952,7 @@ def study(
         full: The size of Norman 2019, for simulated-screen.
         quick: A small size that shows that all works.
         workers: Fits to run side by side, one for each core.
+        executor: What runs them: "processes" of this machine, or "ray", on one machine or several.
         quiet: No progress bar.
     """
     from pyro_causalcell.studies import run_study
@@ -955,7 +960,7 @@ def study(
     place = Path(name) if out is None else out
     given = {"data": data, "methods": _listed(methods) or None, "seeds": seeds, "full": full or None}
     chosen = {setting: value for setting, value in given.items() if value is not None}
-    run_study(name, place, quick=quick, workers=workers, progress=not quiet, **chosen)
+    run_study(name, place, quick=quick, workers=workers, executor=executor, progress=not quiet, **chosen)
     print(f"study: {place}")
 
 
@@ -1423,7 +1428,7 @@ class _Command(NamedTuple):
 
 
 _TRAINING = (
-    "epochs N, max_epochs N, patience N, warm_start N, batch_size N, lr X, lr_drops N, adam_eps X, "
+    "epochs N, max_epochs N, refine N, patience N, warm_start N, batch_size N, lr X, lr_drops N, adam_eps X, "
     "weight_decay X, clip X, weights ..., warmup ..., particles N, compile true|false, "
     "anchors batch|random|twin, memory_budget_gb X, seed N, device auto|cpu|cuda, threads N"
 )
@@ -1577,7 +1582,7 @@ COMMANDS = {
         {
             "result": "out FOLDER, quiet",
             "what": "data FILE.h5ad, methods NAME, seeds N, full, quick",
-            "how": "workers N",
+            "how": "workers N, executor processes|ray",
         },
     ),
     "demo": _Command(demo, (), {"result": "out FOLDER", "how": "epochs N, seed N, quiet"}),

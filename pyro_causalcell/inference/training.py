@@ -25,6 +25,7 @@ from pyro_causalcell.batch import Batch, Dims
 from pyro_causalcell.data import Anchors, Minibatches, Screen, Split, random_cells
 from pyro_causalcell.embeddings import seen_targets, standardised
 from pyro_causalcell.errors import CheckpointError, DataError, PairError, TrainingError
+from pyro_causalcell.inference.distributed import Ranks, join, local_device
 from pyro_causalcell.inference.elbo import SiteWeights, elbo_terms
 from pyro_causalcell.inference.engine import Engine
 from pyro_causalcell.inference.fitted import (
@@ -44,6 +45,8 @@ __all__ = ["fit", "pick_device"]
 
 CHECK_EVERY = 100
 """Steps between two looks at the losses: more often would make a GPU wait."""
+HEAR_EVERY = 20
+"""Steps between two moments when several processes ask each other for Ctrl-C: each costs a message."""
 LR_DROP = 0.3
 """Factor by which the learning rate drops when the validation ELBO stops improving."""
 LAST_LR = 0.01
@@ -131,6 +134,9 @@ def fit(
     after every epoch under the same draws. When it has not improved for ``patience`` epochs, the best
     weights return and the learning rate drops to three tenths, ``lr_drops`` times; then training ends with
     the best weights. With a given number of epochs the learning rate falls linearly instead.
+
+    Under ``torchrun`` the processes train one pair together: each takes its share of every minibatch, and
+    the first one alone measures the validation ELBO and writes ``out``.
 
     Args:
         model: Name (``"sparse-shift"``), ``"file.py:Class"``, class, or instance. Or a fit: a copy of its
@@ -222,9 +228,20 @@ def fit(
         anchors=_anchors(anchors, pair, screen),
         memory_budget_gb=memory_budget_gb,
     )
+    ranks = join()
     with _threads(threads):
         trainer = Trainer(
-            pair, dims, screen, split, training, seed, pick_device(device), elbo, out, isinstance(model, Fit)
+            pair,
+            dims,
+            screen,
+            split,
+            training,
+            seed,
+            pick_device(local_device(device)),
+            elbo,
+            out,
+            isinstance(model, Fit),
+            ranks,
         )
         if resume:
             trainer.resume()
@@ -247,7 +264,9 @@ class Trainer:
         elbo: ELBO | None,
         out: str | Path | None,
         further: bool = False,
+        ranks: Ranks | None = None,
     ):
+        self.ranks = ranks or Ranks()
         self.further, self.progress = further, Progress(lr=training.lr)
         self.pair, self.dims, self.screen, self.split = pair, dims, screen, split
         self.training, self.seed, self.device = training, seed, device
@@ -266,7 +285,7 @@ class Trainer:
         )
         self.batches = cells(split.train, training.batch_size)
         self.validation = cells(split.validation, 1024, shuffle=False) if len(split.validation) else None
-        first = next(self.batches.epoch(0))
+        first = self.ranks.part(next(self.batches.epoch(0)))
         self.best_state: dict[str, dict[str, Tensor]] = _copy(pair.state_dict())
         with _same_draws(seed, device):
             check_pair(pair.model, pair.guide, first)
@@ -297,7 +316,9 @@ class Trainer:
     def run(self, show: bool) -> None:
         """Train until done. Ctrl-C saves what is there and passes on."""
         last = self.training.epochs or self.training.max_epochs
-        bar = tqdm(total=last + self.training.refine, disable=not show, unit="epoch")
+        shown = show and self.ranks.is_first
+        bar = tqdm(total=last + self.training.refine, disable=not shown, unit="epoch")
+        self.ranks.adopt(self.pair.state_dict())
         try:
             with pyro.validation_enabled(False), bar, _heard_interrupts() as self.interrupts:
                 bar.update(self.progress.epoch)
@@ -306,10 +327,14 @@ class Trainer:
                     bar.update()
                     bar.set_postfix({k: f"{row[k]:.2f}" for k in ("train_loss", "validation_loss")})
         except KeyboardInterrupt:
-            if self.out is not None and self.progress.epoch:
-                self.result().save(self.out)
+            if self.progress.epoch:
+                self._save()
             raise
-        if self.out is not None:
+        self._save()
+        self.ranks.any(False)  # no process goes on before the run folder is whole
+
+    def _save(self) -> None:
+        if self.out is not None and self.ranks.is_first:
             self.result().save(self.out)
 
     def _epoch(self) -> dict[str, Any]:
@@ -318,7 +343,9 @@ class Trainer:
             self._hold_gates(True)
         terms = self._train_epoch()
         row = {"epoch": state.epoch, "stage": state.stage, "train_loss": -sum(terms.values())}
-        row["validation_loss"] = math.nan if self.validation is None else self.validation_loss()
+        row["validation_loss"] = (
+            math.nan if self.validation is None else self.ranks.from_first(self.validation_loss)
+        )
         row |= {"lr": state.lr, "seconds": time.perf_counter() - start}
         row |= {f"term_{name}": value for name, value in terms.items()}
         state.history.append(row)
@@ -330,16 +357,19 @@ class Trainer:
     def _train_epoch(self) -> dict[str, float]:
         """One pass over the training cells; returns each term in nats per cell."""
         self._training_mode()
+        self.ranks.own_draws(self.seed, self.progress.epoch)
         names: list[str] = []
         kept: list[Tensor] = []
         checked = 0
         parameters = list(self.pair.parameters())
-        for step, batch in enumerate(self.batches.epoch(self.progress.epoch)):
+        for step, whole in enumerate(self.batches.epoch(self.progress.epoch)):
+            batch = self.ranks.part(whole)
             weights = self._weights((step + 1) / len(self.batches))
             self.optimizer.zero_grad(set_to_none=True)
-            if self.interrupts:
+            if self._is_interrupted(step):
                 raise KeyboardInterrupt
             terms = self._gradients(batch, weights)
+            terms = self.ranks.average(parameters, terms, batch.n_cells / whole.n_cells)
             if self.training.clip is not None:
                 nn.utils.clip_grad_norm_(parameters, self.training.clip, foreach=True)
             self.optimizer.step()
@@ -350,8 +380,14 @@ class Trainer:
                 checked = len(kept)
         self._check_finite(names, kept, checked)
         self._check_parameters()
+        self.ranks.adopt(self.pair.state_dict())
         means = torch.stack(kept).mean(0).tolist()
         return dict(zip(names, means, strict=True))
+
+    def _is_interrupted(self, step: int) -> bool:
+        if self.ranks.count > 1 and step % HEAR_EVERY:
+            return False
+        return self.ranks.any(bool(self.interrupts))
 
     def _training_mode(self) -> None:
         """Training further, BatchNorm keeps its statistics: their noise limits how well a decoder fits."""
@@ -547,6 +583,7 @@ class Trainer:
         self._hold_gates(False)
         self.pair.model.rotate(turn.map_kk, turn.offset_k)  # type: ignore[operator]
         self.pair.guide.rotate(turn)  # type: ignore[operator]
+        self.ranks.adopt(self.pair.state_dict())
         self.optimizer.state.clear()  # the moments belong to the old axes
 
     def _set_lr(self, lr: float) -> None:
@@ -570,7 +607,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write everything that a resumed run needs, at once or not at all."""
-        if self.out is None:
+        if self.out is None or not self.ranks.is_first:
             return
         state = {
             "hash": self.hash,
@@ -599,7 +636,12 @@ class Trainer:
         if self.out is None:
             raise CheckpointError("resume needs the run folder; pass out=")
         file = self.out / "checkpoint.pt"
-        if not file.exists():
+        lacking = not file.exists()
+        if self.ranks.any(lacking):
+            if not lacking:
+                raise CheckpointError(
+                    f"{file} is not seen by all processes; out= must be a folder that all machines share"
+                )
             return
         state = load_tensors(file, "cpu")
         if state.get("hash") != self.hash:

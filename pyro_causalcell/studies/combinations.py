@@ -39,7 +39,7 @@ from pyro_causalcell.studies.combination_jobs import (
     score_job,
     subset_screen,
 )
-from pyro_causalcell.studies.runner import Job, finished, run_jobs, summarise, write_table
+from pyro_causalcell.studies.runner import Executor, Job, finished, run_jobs, summarise, write_table
 
 __all__ = ["PAPER", "jobs_of_norman", "jobs_of_simulated", "run_norman", "run_simulated"]
 
@@ -180,6 +180,7 @@ def run_simulated(
     methods: Sequence[str] | None = None,
     seeds: int = 3,
     workers: int = 1,
+    executor: Executor = "processes",
     quick: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -195,7 +196,8 @@ def run_simulated(
         full: The size of Norman 2019 instead of a small one.
         methods: See :func:`jobs_of_simulated`.
         seeds: Likewise.
-        workers: Processes.
+        workers: Fits that run side by side.
+        executor: What runs them, see :func:`run_jobs`.
         quick: A size that shows that all of it runs, not how good it is.
         progress: Show a progress bar.
 
@@ -204,7 +206,7 @@ def run_simulated(
     """
     size: Size = "quick" if quick else "full" if full else "small"
     jobs = jobs_of_simulated(size=size, methods=methods, seeds=seeds)
-    run_jobs(jobs, score_job, out, workers=workers, progress=progress)
+    run_jobs(jobs, score_job, out, workers=workers, executor=executor, progress=progress)
     note = (
         f"All data is simulated ({size} size). Mean ± sd over seeds. The number of programmes of a method is "
         "in brackets. The oracle is the process that made the cells; the duplicates see held-out cells."
@@ -219,6 +221,7 @@ def run_norman(
     methods: Sequence[str] | None = None,
     seeds: int = 3,
     workers: int = 1,
+    executor: Executor = "processes",
     quick: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -232,7 +235,8 @@ def run_norman(
             the package: each of its five complete doubles is held out once, all else trains.
         methods: See :func:`jobs_of_norman`.
         seeds: Likewise.
-        workers: Processes.
+        workers: Fits that run side by side.
+        executor: What runs them, see :func:`run_jobs`.
         quick: Likewise.
         progress: Show a progress bar.
 
@@ -240,7 +244,7 @@ def run_norman(
         The table: study, setting, method, metric, mean, sd, n_seeds, paper.
     """
     jobs = jobs_of_norman(data=data, quick=quick, methods=methods, seeds=seeds)
-    run_jobs(jobs, score_job, out, workers=workers, progress=progress)
+    run_jobs(jobs, score_job, out, workers=workers, executor=executor, progress=progress)
     note = (
         "Norman et al. 2019. Mean ± sd over seeds; the paper's number in brackets, under the metric it is "
         "most likely to be. The number of programmes of a method is in brackets behind its name."

@@ -35,6 +35,7 @@ from pyro_causalcell.data import Screen, held_out_perturbations, read, read_embe
 from pyro_causalcell.errors import CausalCellError, DataError
 from pyro_causalcell.models.temporal_scm import PRESETS
 from pyro_causalcell.studies.runner import (
+    Executor,
     Job,
     Scores,
     chosen_methods,
@@ -238,6 +239,7 @@ def run(
     methods: Sequence[str] | None = None,
     seeds: int = 3,
     workers: int = 1,
+    executor: Executor = "processes",
     quick: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -253,7 +255,8 @@ def run(
         embeddings: CSV of embeddings of the file's targets, the first column holding their names.
         methods: See :func:`table_jobs`.
         seeds: Likewise.
-        workers: Processes.
+        workers: Fits that run side by side.
+        executor: What runs them, see :func:`run_jobs`.
         quick: See :func:`table_jobs`.
         progress: Show a progress bar.
 
@@ -262,7 +265,7 @@ def run(
     """
     out = Path(out)
     jobs = table_jobs(data=data, embeddings=embeddings, seeds=seeds, methods=methods, quick=quick)
-    run_jobs(jobs, score_job, out, workers=workers, progress=progress)
+    run_jobs(jobs, score_job, out, workers=workers, executor=executor, progress=progress)
     done = finished(out, size="quick" if quick else "full")
     place = None if data is None else str(Path(data).resolve())
     same_data = done["arguments"].map(lambda arguments: arguments.get("data") == place)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_causalcell.distributions import PopulationNormal, TransitionMixture
 from pyro_causalcell.simulate import linear_snapshots
-from pyro_causalcell.studies.runner import Job, Scores, run_jobs, summarise, write_table
+from pyro_causalcell.studies.runner import Executor, Job, Scores, run_jobs, summarise, write_table
 
 __all__ = ["METHODS", "run"]
 
@@ -129,14 +129,21 @@ NOTE = (
 
 
 def run(
-    out: str | Path, *, seeds: int = 5, workers: int = 1, quick: bool = False, progress: bool = True
+    out: str | Path,
+    *,
+    seeds: int = 5,
+    workers: int = 1,
+    executor: Executor = "processes",
+    quick: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Run the study, or go on with it.
 
     Args:
         out: Folder of results: ``jobs/``, ``rows.csv``, ``table.csv``, ``table.md``.
         seeds: Simulations.
-        workers: Processes.
+        workers: Fits that run side by side.
+        executor: What runs them, see :func:`run_jobs`.
         quick: Few gradient steps and one simulation: shows that the study runs, nothing more.
         progress: Show a progress bar.
 
@@ -149,7 +156,7 @@ def run(
         for method in ("truth", *METHODS)
         for seed in range(1 if quick else seeds)
     ]
-    rows = run_jobs(jobs, score_job, out, workers=workers, progress=progress)
+    rows = run_jobs(jobs, score_job, out, workers=workers, executor=executor, progress=progress)
     rows.drop(columns="arguments").to_csv(Path(out) / "rows.csv", index=False)
     table = summarise(STUDY, rows, {}, list(METRICS))
     write_table(table, Path(out), METRICS, NOTE, quick)

@@ -20,6 +20,7 @@ from pyro_causalcell.data import Screen
 from pyro_causalcell.models.weight_variant_scm import PRESETS
 from pyro_causalcell.plot import study_table
 from pyro_causalcell.studies.runner import (
+    Executor,
     Job,
     Scores,
     chosen_jobs,
@@ -122,6 +123,7 @@ def run(
     methods: tuple[str, ...] | None = None,
     seeds: int = 5,
     workers: int = 1,
+    executor: Executor = "processes",
     quick: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -133,7 +135,8 @@ def run(
         methods: Likewise.
         seeds: Likewise.
         quick: Likewise.
-        workers: Processes.
+        workers: Fits that run side by side.
+        executor: What runs them, see :func:`run_jobs`.
         progress: Show a progress bar.
 
     Returns:
@@ -141,7 +144,7 @@ def run(
     """
     out = Path(out)
     jobs = table_jobs(settings, seeds=seeds, methods=methods, quick=quick)
-    run_jobs(jobs, score_job, out, workers=workers, progress=progress)
+    run_jobs(jobs, score_job, out, workers=workers, executor=executor, progress=progress)
     rows = in_order(finished(out, quick=quick), list(SETTINGS), [*METHODS, *REFERENCES])
     table = summarise(STUDY, rows, PAPER, list(METRICS))
     note = (

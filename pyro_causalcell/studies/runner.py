@@ -1,10 +1,14 @@
-"""Run the jobs of a study: in parallel, once each, resumable; then write table and figures."""
+"""Run the jobs of a study: in parallel, once each, resumable; then write table and figures.
+
+Jobs run on worker processes of this machine, or on a Ray cluster. Both keep the same files, so that a study
+that was begun on one may be ended on the other.
+"""
 
 import hashlib
 import json
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -12,14 +16,16 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from pyro_causalcell.errors import CausalCellError
 
 __all__ = [
+    "Executor",
     "Job",
     "Paper",
     "chosen_jobs",
@@ -31,6 +37,12 @@ __all__ = [
     "summarise",
     "write_table",
 ]
+
+Executor = Literal["processes", "ray"]
+"""What runs the jobs of a study: processes of this machine, or a Ray cluster."""
+
+RETRIES = 2
+"""How often a job is tried again whose worker died."""
 
 Scores = dict[str, Any]
 Paper = Mapping[tuple[str, str, str], float]
@@ -131,36 +143,46 @@ def run_jobs(
     out: str | Path,
     *,
     workers: int = 1,
+    executor: Executor = "processes",
     progress: bool = True,
 ) -> pd.DataFrame:
     """Run every job that has no result yet; each result is a JSON file of its own.
 
     A killed run goes on where it stopped: finished jobs are read, not run again. A worker that dies takes
-    only its job with it; the job is tried again by the next call.
+    only its job with it; the job is tried again, twice at most, after those that wait.
+
+    Ray joins the cluster that ``RAY_ADDRESS`` names, or the one that runs on this machine, or starts one on
+    this machine. On other machines the package must be installed, and the working folder and ``out`` must
+    be at the same place.
 
     Args:
         jobs: The grid.
         work: Scores of one job, called with the job and a folder of its own where it may keep what was
             trained; must be importable (it runs in worker processes).
         out: Folder of the study; results go to ``out/jobs``.
-        workers: Worker processes.
+        workers: Jobs that run at the same time, each on a process of its own.
+        executor: ``"processes"`` of this machine, or ``"ray"``; there a job takes one core of the cluster.
         progress: Show a progress bar.
 
     Returns:
         One row per job: setting, method, seed, and the scores.
 
     Raises:
-        CausalCellError: There is no worker, or some jobs failed: what they said is listed, the others
-            are kept.
+        CausalCellError: There is no worker, Ray is not installed, or some jobs failed: what they said is
+            listed, the others are kept.
     """
     if workers < 1:
         raise CausalCellError(f"expected at least 1 worker, found {workers}")
-    folder = Path(out) / "jobs"
+    if executor not in _EXECUTORS:
+        raise CausalCellError(f"expected an executor of {list(_EXECUTORS)}, found {executor!r}")
+    if torch.distributed.is_torchelastic_launched():
+        raise CausalCellError("jobs bring workers of their own; call this without torchrun, with workers=")
+    folder = (Path(out) / "jobs").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     todo = [job for job in jobs if not (folder / f"{job.key}.json").exists()]
     failures: list[str] = []
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), disable=not progress, unit="job") as bar:
-        for job, error in _run(todo, work, folder, workers):
+        for job, error in _run(todo, work, folder, workers, executor):
             bar.update()
             if error is not None:
                 failures.append(f"{job.key}: {error}")
@@ -187,33 +209,115 @@ def finished(out: str | Path, **arguments: Any) -> pd.DataFrame:
     return pd.DataFrame([row for row in rows if arguments.items() <= row["arguments"].items()])
 
 
-def _run(todo: Sequence[Job], work: Work, folder: Path, workers: int) -> Iterator[tuple[Job, str | None]]:
-    """Each job as it ends, with what went wrong.
+class _Pool(Protocol):
+    """Workers that jobs are given to, one each."""
+
+    died: tuple[type[Exception], ...]
+    """What a call ends with when its worker is gone."""
+
+    def submit(self, *arguments: Any) -> Future[str | None]:
+        """Call :func:`_one` on a free worker."""
+
+    def close(self) -> None:
+        """End the workers."""
+
+
+def _run(
+    todo: Sequence[Job], work: Work, folder: Path, workers: int, executor: Executor
+) -> Iterator[tuple[Job, str | None]]:
+    """Each job as it ends, with what went wrong."""
+    if not todo:
+        return
+    workers = min(workers, len(todo))
+    waiting, deaths = deque(todo), Counter[str]()
+    running: dict[Future[str | None], Job] = {}
+    pool = _EXECUTORS[executor](workers)
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.popleft()
+                running[pool.submit(job, work, folder, Path.cwd())] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                if not isinstance(future.exception(), pool.died):
+                    yield job, future.result()  # raises where Ctrl-C reached the worker
+                elif deaths[job.key] < RETRIES:
+                    deaths[job.key] += 1
+                    waiting.append(job)
+                else:
+                    yield job, f"its worker process died {RETRIES + 1} times (out of memory?)"
+    finally:
+        pool.close()
+
+
+class _Processes:
+    """Processes of this machine.
 
     Every worker is a pool of its own: a pool loses all its jobs when one of its processes dies.
     """
-    waiting = deque(todo)
-    idle = [_worker() for _ in range(min(workers, len(todo)))]
-    running: dict[Future[None], tuple[Job, ProcessPoolExecutor]] = {}
-    try:
-        while waiting or running:
-            while waiting and idle:
-                pool, job = idle.pop(), waiting.popleft()
-                running[pool.submit(_one, job, work, folder)] = (job, pool)
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job, pool = running.pop(future)
-                error = future.exception()
-                idle.append(_worker() if isinstance(error, BrokenProcessPool) else pool)
-                if error is not None and not isinstance(error, Exception):
-                    raise error  # Ctrl-C reaches the workers too
-                yield job, _words(error)
-    finally:
-        for pool in (*idle, *(pool for _, pool in running.values())):
+
+    died: tuple[type[Exception], ...] = (BrokenProcessPool,)
+
+    def __init__(self, workers: int):
+        self.pools = [self._worker() for _ in range(workers)]
+        self.calls: list[Future[str | None] | None] = [None] * workers
+
+    def submit(self, *arguments: Any) -> Future[str | None]:
+        free = next(w for w, call in enumerate(self.calls) if call is None or call.done())
+        try:
+            call = self.pools[free].submit(_one, *arguments)
+        except BrokenProcessPool:
+            self.pools[free] = self._worker()
+            call = self.pools[free].submit(_one, *arguments)
+        self.calls[free] = call
+        return call
+
+    def close(self) -> None:
+        for pool in self.pools:
             pool.shutdown(cancel_futures=True)
 
+    @staticmethod
+    def _worker() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
 
-def _worker() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent)
+
+class _Ray:
+    """Workers of a Ray cluster: the one that is joined already, one that runs, or one that is started."""
+
+    def __init__(self, workers: int):
+        try:
+            import ray
+        except ImportError as error:
+            raise CausalCellError(
+                "the executor 'ray' needs Ray, which is not installed: pip install 'pyro-causalcell[ray]'"
+            ) from error
+        self.ray, self.joined = ray, ray.is_initialized()
+        if not self.joined:
+            ray.init()
+        errors = ray.exceptions
+        self.died: tuple[type[Exception], ...] = (
+            errors.WorkerCrashedError,
+            errors.NodeDiedError,
+            errors.OutOfMemoryError,
+        )
+        # Ray's own retries are off: they would not be counted
+        self.remote = ray.remote(max_retries=0, num_cpus=1)(_one)
+        self.calls: list[Any] = []
+
+    def submit(self, *arguments: Any) -> Future[str | None]:
+        call = self.remote.remote(*arguments)
+        self.calls.append(call)
+        future: Future[str | None] = call.future()
+        return future
+
+    def close(self) -> None:
+        for call in self.calls:  # nothing happens to those that have ended
+            self.ray.cancel(call, force=True)
+        if not self.joined:
+            self.ray.shutdown()
+
+
+_EXECUTORS: Mapping[str, Callable[[int], _Pool]] = {"processes": _Processes, "ray": _Ray}
 
 
 def _end_with_parent() -> None:
@@ -228,21 +332,21 @@ def _end_with_parent() -> None:
     Thread(target=watch, daemon=True).start()
 
 
-def _words(error: Exception | None) -> str | None:
-    if isinstance(error, BrokenProcessPool):
-        return "its worker process died (out of memory?)"
-    return None if error is None else f"{type(error).__name__}: {error}"
-
-
-def _one(job: Job, work: Work, folder: Path) -> None:
+def _one(job: Job, work: Work, folder: Path, place: Path) -> str | None:
+    """Run a job and write its result; returns what went wrong."""
     start = time.perf_counter()
-    scores = work(job, folder / job.key)
-    row = {"setting": job.setting, "method": job.method, "seed": job.seed, **scores}
-    row["arguments"] = dict(job.arguments)
-    row["seconds"] = time.perf_counter() - start
-    part = folder / f".{job.key}.part"
-    part.write_text(json.dumps(row, indent=1))
-    os.replace(part, folder / f"{job.key}.json")
+    try:
+        os.chdir(place)  # a worker of a cluster starts elsewhere, but jobs may name files
+        scores = work(job, folder / job.key)
+        row = {"setting": job.setting, "method": job.method, "seed": job.seed, **scores}
+        row["arguments"] = dict(job.arguments)
+        row["seconds"] = time.perf_counter() - start
+        part = folder / f".{job.key}.part"
+        part.write_text(json.dumps(row, indent=1))
+        os.replace(part, folder / f"{job.key}.json")
+    except Exception as error:  # whatever a job may do; not every error can be sent to another process
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def summarise(study: str, rows: pd.DataFrame, paper: Paper, metrics: Sequence[str]) -> pd.DataFrame:

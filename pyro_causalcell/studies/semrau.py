@@ -39,6 +39,7 @@ from pyro_causalcell.baselines.temporal import line_weights
 from pyro_causalcell.data import Screen, Split, held_out_times
 from pyro_causalcell.evaluate.calibration import interval_coverage, randomised_pit
 from pyro_causalcell.studies.runner import (
+    Executor,
     Job,
     Scores,
     chosen_methods,
@@ -246,6 +247,7 @@ def run(
     methods: tuple[str, ...] | None = None,
     seeds: int = 3,
     workers: int = 1,
+    executor: Executor = "processes",
     quick: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -258,7 +260,8 @@ def run(
         out: Folder of results; finished jobs in it are not run again.
         methods: See :func:`table_jobs`.
         seeds: Likewise.
-        workers: Processes.
+        workers: Fits that run side by side.
+        executor: What runs them, see :func:`run_jobs`.
         quick: See :func:`table_jobs`.
         progress: Show a progress bar.
 
@@ -267,7 +270,7 @@ def run(
     """
     out = Path(out)
     jobs = table_jobs(seeds=seeds, methods=methods, quick=quick)
-    run_jobs(jobs, score_job, out, workers=workers, progress=progress)
+    run_jobs(jobs, score_job, out, workers=workers, executor=executor, progress=progress)
     rows = in_order(finished(out, quick=quick), list(SETTINGS), [*METHODS, *REFERENCES])
     table = summarise(STUDY, rows, {}, list(METRICS))
     note = (

@@ -25,6 +25,7 @@ from pyro_causalcell.inference.lagged_rotation import lagged_rotation
 from pyro_causalcell.models.temporal_scm import PRESETS
 from pyro_causalcell.plot import study_table
 from pyro_causalcell.studies.runner import (
+    Executor,
     Job,
     Scores,
     chosen_jobs,
@@ -157,6 +158,7 @@ def run(
     methods: tuple[str, ...] | None = None,
     seeds: int = 5,
     workers: int = 1,
+    executor: Executor = "processes",
     quick: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -167,7 +169,8 @@ def run(
         settings: See :func:`table_jobs`.
         methods: Likewise.
         seeds: Likewise.
-        workers: Processes.
+        workers: Fits that run side by side.
+        executor: What runs them, see :func:`run_jobs`.
         quick: See :func:`table_jobs`.
         progress: Show a progress bar.
 
@@ -176,7 +179,7 @@ def run(
     """
     out = Path(out)
     jobs = table_jobs(settings, seeds=seeds, methods=methods, quick=quick)
-    run_jobs(jobs, score_job, out, workers=workers, progress=progress)
+    run_jobs(jobs, score_job, out, workers=workers, executor=executor, progress=progress)
     rows = in_order(finished(out, quick=quick), list(SETTINGS), [*METHODS, *REFERENCES])
     table = summarise(STUDY, rows, {}, list(METRICS))
     note = (

@@ -24,6 +24,7 @@ from pyro_causalcell.baselines import (
 )
 from pyro_causalcell.data import Screen, Split, held_out_perturbations
 from pyro_causalcell.studies.runner import (
+    Executor,
     Job,
     Scores,
     chosen_methods,
@@ -120,6 +121,7 @@ def run(
     methods: tuple[str, ...] | None = None,
     seeds: int = 3,
     workers: int = 1,
+    executor: Executor = "processes",
     quick: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -130,7 +132,8 @@ def run(
         methods: See :func:`table_jobs`.
         seeds: Likewise.
         quick: Likewise.
-        workers: Processes.
+        workers: Fits that run side by side.
+        executor: What runs them, see :func:`run_jobs`.
         progress: Show a progress bar.
 
     Returns:
@@ -138,7 +141,7 @@ def run(
     """
     out = Path(out)
     jobs = table_jobs(seeds=seeds, methods=methods, quick=quick)
-    run_jobs(jobs, score_job, out, workers=workers, progress=progress)
+    run_jobs(jobs, score_job, out, workers=workers, executor=executor, progress=progress)
     rows = in_order(finished(out, quick=quick), list(SETTINGS), [*REFERENCES, *METHODS])
     table = summarise(STUDY, rows, {}, list(METRICS))
     note = "All data is simulated. Held-out single targets against their true means; mean ± sd over seeds."

@@ -283,18 +283,20 @@ def test_study(cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studies, "run_study", lambda name, out, **more: asked.append((name, out, more)))
     assert cli("study", "sparse-shift", "--quick").out == ["study: sparse-shift"]
     assert cli("study", "sparse-shift", "--out", "there", "--workers", 2, "--quiet").out == ["study: there"]
+    here = {"executor": "processes"}
     assert asked == [
-        ("sparse-shift", Path("sparse-shift"), {"quick": True, "workers": 1, "progress": True}),
-        ("sparse-shift", Path("there"), {"quick": False, "workers": 2, "progress": False}),
+        ("sparse-shift", Path("sparse-shift"), {"quick": True, "workers": 1, "progress": True, **here}),
+        ("sparse-shift", Path("there"), {"quick": False, "workers": 2, "progress": False, **here}),
     ]
-    words = ("--seeds", 1, "--full", "--methods", "SAMS-VAE", "--methods", "CPA-VAE", "--quiet")
-    assert cli("study", "simulated-screen", *words).out == ["study: simulated-screen"]
+    words = ("--seeds", 1, "--full", "--methods", "SAMS-VAE", "--methods", "CPA-VAE", "--executor", "ray")
+    assert cli("study", "simulated-screen", *words, "--quiet").out == ["study: simulated-screen"]
     assert asked[-1][2] == {
         "methods": ["SAMS-VAE", "CPA-VAE"],
         "seeds": 1,
         "full": True,
         "quick": False,
         "workers": 1,
+        "executor": "ray",
         "progress": False,
     }
     monkeypatch.undo()
