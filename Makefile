@@ -74,6 +74,7 @@ demo: $(VENV)/.core
 
 bench: $(VENV)/.core
 	$(PY) benchmarks/step_time.py
+	$(PY) benchmarks/loading.py
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import h5py
 import numpy as np
-from anndata.abc import CSCDataset, CSRDataset
+from anndata.abc import CSCDataset
 from scipy import sparse
 
+from pyro_causalcell.data.disk import DiskRows, is_on_disk
 from pyro_causalcell.errors import DataError
 
-__all__ = ["Matrix", "Scan", "looks_like_counts"]
+__all__ = ["Matrix", "Scan", "as_dense", "looks_like_counts"]
 
 CHUNK_VALUES = 16_000_000
 """Values of a dense chunk: 64 MB as float32."""
@@ -39,18 +39,23 @@ class Scan:
 
 
 class Matrix:
-    """Rows of a cells × genes matrix as dense float32.
+    """Rows of a cells × genes matrix.
 
-    CSR and backed matrices are read row by row. A CSC matrix is turned into CSR once, in memory, since
+    Those on disk are read when they are asked for. A CSC matrix is turned into CSR once, in memory, since
     its rows cannot be read alone; the AnnData keeps its own.
 
     Args:
-        values: numpy array, scipy sparse matrix or array, h5py dataset, or anndata's backed sparse.
+        values: numpy array, scipy sparse matrix or array, h5py dataset, zarr array, or anndata's sparse
+            matrix on disk.
         columns: Columns to keep, in this order; None keeps all.
         where: Name for messages, such as ``adata.X``.
 
+    Attributes:
+        shape: Cells and genes.
+        disk: What reads the rows from disk; None where they are in memory.
+
     Raises:
-        DataError: The type is not one of these, or the values are no numbers.
+        DataError: The type is not one of these, the values are no numbers, or the file is damaged.
     """
 
     def __init__(self, values: Any, columns: np.ndarray | None, where: str) -> None:
@@ -58,28 +63,27 @@ class Matrix:
             values = values.to_memory()
         if sparse.issparse(values):
             values = values.tocsr()
-        elif not isinstance(values, (np.ndarray, h5py.Dataset, CSRDataset)):
+        elif not isinstance(values, np.ndarray) and not is_on_disk(values):
             raise DataError(
                 f"expected {where} as a numpy array, a scipy sparse matrix or a backed h5ad, "
                 f"found {type(values).__name__}; convert it, or read the file with pyro_causalcell.data.read"
             )
         if values.dtype.kind not in "fiub":
             raise DataError(f"expected numbers in {where}, found dtype {values.dtype}; convert it to float32")
-        self._values = values
+        self.disk = DiskRows(values, where) if is_on_disk(values) else None
+        self._values: Any = values if self.disk is None else self.disk
         self._columns = columns
         self.where = where
         self.shape = (values.shape[0], values.shape[1] if columns is None else len(columns))
 
     def dense(self, rows: np.ndarray) -> np.ndarray:
         """float32 [len(rows), g], in the order of rows; rows may repeat."""
-        if isinstance(self._values, (np.ndarray, sparse.spmatrix, sparse.sparray)):
-            part = self._values[rows]
-        else:  # on disk: rows must rise and not repeat
-            unique, back = np.unique(rows, return_inverse=True)
-            part = self._values[unique][back]
-        part = part if self._columns is None else part[:, self._columns]
-        dense = part.toarray() if sparse.issparse(part) else np.asarray(part)
-        return np.ascontiguousarray(dense, dtype=np.float32)
+        return as_dense(self.take(rows))
+
+    def take(self, rows: np.ndarray) -> Any:
+        """The same as a CSR matrix where the matrix is sparse; of the stored type in memory."""
+        part = self._values[rows] if self.disk is None else self.disk.take(rows)
+        return part if self._columns is None else part[:, self._columns]
 
     def chunks(self, n_rows: int | None = None) -> Iterator[tuple[int, Any]]:
         """First row and values of successive chunks of rows, sparse where the matrix is sparse."""
@@ -129,6 +133,12 @@ def _odd_value(values: np.ndarray) -> float | None:
         return None
     odd = (values < 0) | (values != np.floor(values))
     return float(values[odd].flat[0]) if odd.any() else None
+
+
+def as_dense(values: Any) -> np.ndarray:
+    """Some rows, sparse or not, as a dense float32 array."""
+    dense = values.toarray() if sparse.issparse(values) else values
+    return np.ascontiguousarray(dense, dtype=np.float32)
 
 
 def looks_like_counts(values: Any) -> bool:

@@ -151,7 +151,7 @@ class Screen:
     def _load(self, spec: ScreenSpec, adata: ad.AnnData, unknown: Literal["error", "mark"]) -> None:
         """Fills the arrays of the cells of adata, with the names of spec."""
         self.adata = adata
-        self._twins: Matrix | None = None
+        self._twins: tuple[Matrix, np.ndarray] | None = None  # with their total counts
         self.targets, self.genes, self.batch_names = spec.targets, spec.genes, spec.batch_names
         labels = _text(adata, spec.perturbation, "perturbation")
         code_n, names = pd.factorize(labels)
@@ -211,6 +211,11 @@ class Screen:
         """The distinct rows of the design, float32 [d, p], and which of them each cell has, int64 [n]."""
         return self._u_dp, self._design_n
 
+    @property
+    def matrix(self) -> Matrix:
+        """The values of all cells, in memory or on disk."""
+        return self._matrix
+
     def x(self, rows: np.ndarray) -> np.ndarray:
         """Values of some cells, float32 [len(rows), g], dense, in the order of rows."""
         return self._matrix.dense(np.asarray(rows, dtype=np.int64))
@@ -222,29 +227,37 @@ class Screen:
 
     def twin_x(self, rows: np.ndarray) -> np.ndarray:
         """Values of the control twins of some cells, float32 [len(rows), g]."""
-        return self._matrix_of_twins().dense(np.asarray(rows, dtype=np.int64))
+        return self.twin_matrix.dense(np.asarray(rows, dtype=np.int64))
 
     @property
     def twin_library_n(self) -> np.ndarray:
         """Total counts of the twins, float32 [n]."""
-        self._matrix_of_twins()
-        return self._twin_library_n
+        return self._known_twins()[1]
 
-    def _matrix_of_twins(self) -> Matrix:
+    @property
+    def twin_matrix(self) -> Matrix:
+        """The values of all cells' control twins.
+
+        Raises:
+            DataError: The screen was opened without twins.
+        """
+        return self._known_twins()[0]
+
+    def _known_twins(self) -> tuple[Matrix, np.ndarray]:
         if self._twins is None:
             raise DataError("expected a layer of control twins; open the screen with twin=")
         return self._twins
 
     def _load_twins(self, layer: str, spec: ScreenSpec) -> None:
-        self._twins = _matrix(dataclasses.replace(spec, layer=layer), self.adata)
-        scan = self._twins.scan(self.adata.obs_names.to_numpy(), self.genes)
+        twins = _matrix(dataclasses.replace(spec, layer=layer), self.adata)
+        scan = twins.scan(self.adata.obs_names.to_numpy(), self.genes)
         if scan.is_counts != self.is_counts:
             kinds = ["normalised values", "counts"]
             raise DataError(
                 f"expected {kinds[self.is_counts]} in the twins' layers[{layer!r}] as in "
                 f"{self._matrix.where}, found {kinds[scan.is_counts]}; pass layer= and twin= of one kind"
             )
-        self._twin_library_n = np.where(scan.empty_n, 1.0, scan.totals_n).astype(np.float32)
+        self._twins = twins, np.where(scan.empty_n, 1.0, scan.totals_n).astype(np.float32)
         self.max_value = max(self.max_value, scan.max_value)
 
     def canonical(self, condition: str) -> str:
@@ -329,34 +342,64 @@ class Screen:
 
 
 def read(path: str | Path, backed: bool = False) -> ad.AnnData:
-    """Reads an h5ad file.
+    """Reads an h5ad file, or a zarr folder.
 
     Args:
-        path: The file.
-        backed: Leave X on disk and read its rows when they are needed.
+        path: The file, or a folder whose name ends in ``.zarr``.
+        backed: Leave X and layers on disk and read their rows when they are needed.
 
     Raises:
-        DataError: The file is missing, cut short, or not an h5ad file.
+        DataError: The file is missing, cut short, or holds no AnnData.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"expected an h5ad file at {path}, found none; check the path")
-    try:
-        with h5py.File(path, "r") as file:
-            missing = {"obs", "var"} - set(file)
-    except OSError as error:
-        raise DataError(
-            f"expected an h5ad file, found {path} that HDF5 cannot open: it is cut short or of another "
-            f"format ({error}); fetch or write it again"
-        ) from error
+    is_zarr = path.suffix == ".zarr"
+    if not (path.is_dir() if is_zarr else path.is_file()):
+        raise DataError(f"expected {_kind(is_zarr)} at {path}, found none; check the path")
+    store = _opened(path, is_zarr)
+    missing = {"obs", "var"} - set(store)
     if missing:
-        raise DataError(f"expected an h5ad file with obs and var, found {path} without {sorted(missing)}")
+        raise DataError(f"expected {_kind(is_zarr)} with obs and var, found {path} without {sorted(missing)}")
     try:
-        return ad.read_h5ad(path, backed="r" if backed else None)
-    except Exception as error:  # anndata and h5py raise many kinds here; all mean the file cannot be used
+        if backed:
+            return ad.AnnData(**{name: _left_on_disk(name, store[name]) for name in store})
+        return ad.read_zarr(path) if is_zarr else ad.read_h5ad(path)
+    except Exception as error:  # anndata, h5py and zarr raise many kinds here; all mean: it cannot be used
         raise DataError(
-            f"{path} opens as HDF5, but anndata cannot read it: {error}; write it again"
+            f"{path} opens as {'zarr' if is_zarr else 'HDF5'}, but anndata cannot read it: {error}; write "
+            "it again"
         ) from error
+
+
+def _kind(is_zarr: bool) -> str:
+    return "a zarr folder" if is_zarr else "an h5ad file"
+
+
+def _opened(path: Path, is_zarr: bool) -> Any:
+    """The group of everything in an h5ad file or a zarr folder."""
+    try:
+        if not is_zarr:
+            return h5py.File(path, "r")
+        import zarr
+
+        return zarr.open_group(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"expected {_kind(is_zarr)}, found {path} that {'zarr' if is_zarr else 'HDF5'} cannot open: it "
+            f"is cut short or of another format ({error}); fetch or write it again"
+        ) from error
+
+
+def _left_on_disk(name: str, stored: Any) -> Any:
+    """One part of an AnnData, in memory but for its cells × genes matrices."""
+    is_group = hasattr(stored, "keys")
+    if is_group and name == "layers":
+        return {layer: _left_on_disk("X", stored[layer]) for layer in stored}
+    if is_group and name == "raw":
+        return {part: _left_on_disk(part, stored[part]) for part in stored}
+    if is_group and name == "X":
+        return ad.io.sparse_dataset(stored)
+    is_dense = name == "X" and len(stored.shape or ()) == 2  # an AnnData may also have None here
+    return stored if is_dense else ad.io.read_elem(stored)
 
 
 def read_embeddings(path: str | Path) -> pd.DataFrame:

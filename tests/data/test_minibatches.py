@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from pyro_causalcell.data import Minibatches, Screen, read
+from pyro_causalcell.data import minibatches as minibatches_module
 from pyro_causalcell.errors import DataError
 
 ROWS = np.arange(5, 400, 3)
@@ -77,7 +78,45 @@ def test_rows_are_read_where_they_do_not_fit(tiny_adata, tmp_path):
         for a, b in zip(resident.epoch(1), reading.epoch(1), strict=True):
             torch.testing.assert_close(a.x_ng, b.x_ng, rtol=0, atol=0)
             torch.testing.assert_close(a.u_np, b.u_np, rtol=0, atol=0)
-    backed.file.close()
+
+
+def test_a_device_without_room_halves_the_budget(tiny_screen, monkeypatch):
+    def full(cells, dtype):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    expected = list(Minibatches(tiny_screen, ROWS, 32).epoch(1))
+    filled = minibatches_module._Cells._filled
+    with monkeypatch.context() as patch:
+        patch.setattr(minibatches_module._Cells, "_filled", full)
+        with pytest.warns(UserWarning, match="cpu has no room for .* reads the cells batch by batch"):
+            reading = Minibatches(tiny_screen, ROWS, 32)
+    assert not reading.is_resident and reading._cells.bytes_left == len(ROWS) * 20 * 2 / 2
+    for a, b in zip(expected, reading.epoch(1), strict=True):
+        torch.testing.assert_close(a.x_ng, b.x_ng, rtol=0, atol=0)
+
+    # Half of what the cells took is enough for the anchors.
+    attempts = []
+    monkeypatch.setattr(
+        minibatches_module._Cells,
+        "_filled",
+        lambda cells, dtype: filled(cells, dtype) if attempts else attempts.append(1) or full(cells, dtype),
+    )
+    with pytest.warns(UserWarning, match="no room"):
+        reading = Minibatches(tiny_screen, ROWS, 32, anchors="random")
+    assert not reading.is_resident and reading._anchors.is_resident
+
+
+def test_only_a_lack_of_memory_is_met_by_reading(tiny_screen, monkeypatch):
+    with pytest.raises(RuntimeError) as no_room:
+        torch.empty(2**55)
+    assert minibatches_module._is_out_of_memory(no_room.value)
+
+    def broken(cells, dtype):
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(minibatches_module._Cells, "_filled", broken)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        Minibatches(tiny_screen, ROWS, 32)
 
 
 def test_mistakes_are_named(tiny_screen):
