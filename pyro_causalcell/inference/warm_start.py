@@ -127,7 +127,6 @@ def block_rotation(
             sizes.append(len(cells))
     blocks_kk = unchanged_first(np.array(means), np.array(excesses), np.array(sizes), n_invariant)
     map_kk = (whiten_kk @ blocks_kk).T
-    turned = white @ blocks_kk
     turned_ckk = np.einsum("ki,ckl,lj->cij", blocks_kk, np.array(excesses), blocks_kk) + np.eye(len(map_kk))
     turn_vv = _few_changes(
         (np.array(means) @ blocks_kk)[:, n_invariant:],
@@ -135,8 +134,9 @@ def block_rotation(
         np.random.default_rng(seed),
         n_starts,
     )
-    turned[:, n_invariant:] = turned[:, n_invariant:] @ turn_vv.T
-    order_v, mechanisms = _mechanisms(turned, u, n_invariant)
+    axes_kk = blocks_kk.copy()
+    axes_kk[:, n_invariant:] = blocks_kk[:, n_invariant:] @ turn_vv.T
+    order_v, mechanisms = _mechanisms(white @ axes_kk, u, n_invariant, axes_kk.T @ extra_kk @ axes_kk)
     turn_vv = turn_vv[order_v]
     map_kk[n_invariant:] = turn_vv @ map_kk[n_invariant:]
     shift_pk = np.zeros((u.shape[1], len(map_kk)))
@@ -228,21 +228,27 @@ def _deviation(mean_ac: np.ndarray, variance_ac: np.ndarray) -> np.ndarray:
     return counted_a
 
 
-def _mechanisms(z: np.ndarray, u: np.ndarray, n_invariant: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+def _mechanisms(
+    z: np.ndarray, u: np.ndarray, n_invariant: int, extra_kk: np.ndarray
+) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """An order of the responsive programmes in which parents come last, and the mechanisms in it.
 
     A mechanism of control is a standard normal. What a target makes of a programme is regressed on all other
-    programmes over the cells that carry the target; it counts where it explains much more.
+    programmes over the cells that carry the target; it counts where it explains much more. ``extra_kk`` is the
+    covariance that posterior means do not show.
     """
     n_v, n_p = z.shape[1] - n_invariant, u.shape[1]
     gain_pv, strength_vk = np.zeros((n_p, n_v)), np.zeros((n_v, z.shape[1]))
     fits = {}
     for p in range(n_p):
         cells = z[u[:, p] > 0]
-        for v in range(n_v if len(cells) > 2 * z.shape[1] else 0):
-            fits[p, v] = shift, weight_k, sd = _regressed(cells, n_invariant + v)
-            own = cells[:, n_invariant + v]
-            gain_pv[p, v] = (own @ own) / len(own) / 2 - 0.5 - np.log(sd)
+        if len(cells) <= 2 * z.shape[1]:
+            continue
+        mean_k, covariance_kk = cells.mean(0), np.cov(cells.T) + extra_kk
+        square_k = mean_k**2 + covariance_kk.diagonal()
+        for v in range(n_v):
+            fits[p, v] = _, _, sd = _regressed(mean_k, covariance_kk, n_invariant + v)
+            gain_pv[p, v] = square_k[n_invariant + v] / 2 - 0.5 - np.log(sd)
     n_cells_p = (u > 0).sum(0)
     most_p1 = gain_pv.max(1, keepdims=True)
     altered_pv = gain_pv > np.maximum(ALTERED_ABOVE * most_p1, LEAST_GAIN)
@@ -262,15 +268,16 @@ def _mechanisms(z: np.ndarray, u: np.ndarray, n_invariant: int) -> tuple[np.ndar
     return order_v, (altered_pv, edge_vk, shift_pv, log_scale_pv, weight_pvk)
 
 
-def _regressed(cells: np.ndarray, column: int) -> tuple[float, np.ndarray, float]:
+def _regressed(mean_k: np.ndarray, covariance_kk: np.ndarray, column: int) -> tuple[float, np.ndarray, float]:
     """Intercept, weights and residual standard deviation of one programme on the others."""
-    others = np.delete(np.arange(cells.shape[1]), column)
-    centred = cells - cells.mean(0)
-    gram = centred[:, others].T @ centred[:, others] + RIDGE * len(cells) * np.eye(len(others))
-    weight_k = np.zeros(cells.shape[1])
-    weight_k[others] = np.linalg.solve(gram, centred[:, others].T @ centred[:, column])
-    residual = cells[:, column] - cells @ weight_k
-    return float(residual.mean()), weight_k, float(residual.std() + 1e-3)
+    others = np.delete(np.arange(len(mean_k)), column)
+    gram = covariance_kk[np.ix_(others, others)] + RIDGE * np.eye(len(others))
+    weight_k = np.zeros(len(mean_k))
+    weight_k[others] = np.linalg.solve(gram, covariance_kk[others, column])
+    contrast_k = -weight_k
+    contrast_k[column] = 1.0
+    sd = np.sqrt(contrast_k @ covariance_kk @ contrast_k)
+    return float(contrast_k @ mean_k), weight_k, float(sd + 1e-3)
 
 
 def parents_last(strength_vv: np.ndarray) -> np.ndarray:

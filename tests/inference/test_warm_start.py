@@ -159,6 +159,25 @@ def test_a_mechanism_is_read_off_by_regression():
     assert float(weight_k[2]) == 0 and bool((seen.edge_vk[0, :2] == (weight_k[:2].abs() > 0.2)).all())
 
 
+def test_mechanisms_are_those_of_the_programmes_not_of_their_posterior_means():
+    """Where x says little, means are pulled towards 0 under every perturbation: no mechanism makes them so."""
+    rng = np.random.default_rng(0)
+    variance_k = np.array([0.0, 0.6, 0.5])  # of the posterior
+    z_nk = rng.normal(size=(12000, 3))
+    u_np = np.eye(3)[np.repeat([0, 1, 2], 4000)][:, 1:]
+    z_nk[:, 1] += u_np @ [2.0, 0.0]
+    z_nk[:, 2] += u_np @ [0.0, 2.0]
+    pulled_nk = z_nk - u_np @ [[0.0, 2.0, 0.0], [0.0, 0.0, 2.0]]
+    noise_nk = rng.normal(size=z_nk.shape) * np.sqrt(variance_k * (1 - variance_k))
+    seen_nk = z_nk - variance_k * pulled_nk + noise_nk  # posterior means, given the perturbation
+    turn = block_rotation(torch.tensor(seen_nk), torch.tensor(u_np), 1, variance_k=torch.tensor(variance_k))
+    seen = turn.mechanisms
+    assert sorted(seen.altered_pv.int().tolist()) == [[0, 1], [1, 0]]
+    assert float(seen.log_scale_pv.abs().max()) < 0.06
+    assert float(seen.weight_pvk.abs().max()) < 0.06
+    np.testing.assert_allclose(seen.shift_pv.abs().amax(1), [2.0, 2.0], atol=0.1)
+
+
 def test_which_pairs_can_be_turned(build, linear_gaussian):
     assert can_rotate(*build(gates="posterior"))
     for gates in ("open", "closed", "sampled"):
