@@ -1,12 +1,14 @@
 """Step time of the engines of ``fit`` and of stock Pyro, as a share of a step written by hand in torch.
 
-One training step is the loss, its gradients, clipping and one fused Adam step. Four engines take it on
+One training step is the loss, its gradients, clipping and one fused Adam step. Six engines take it on
 the same pair (``SparseShift`` and ``SparseShiftGuide`` with their defaults) and the same minibatch:
 
 * hand-written: eager torch, analytic KLs, the exact expectation over gates, the likelihood by ``lgamma``;
+* by-torch: the same by ``torch.compile``, with the likelihood of a recorded step;
 * eager: ``elbo_terms``, with which ``fit`` starts;
 * compiled: ``TracedStep``, to which ``fit`` switches where training is long enough;
-* stock: Pyro's ``TraceMeanField_ELBO``.
+* stock: Pyro's ``TraceMeanField_ELBO``, on the same model with its table of counts;
+* svi: Pyro's ``SVI`` and ``Adam``, and for counts torch's negative binomial: what Pyro alone gives.
 
 First they must agree in loss and gradients. Then they take turns; every round gives one ratio.
 Times are CPU time of this process on one thread, so that other work on the machine matters little.
@@ -14,18 +16,18 @@ Times are CPU time of this process on one thread, so that other work on the mach
 
 import argparse
 import copy
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
-from pyro.infer import TraceMeanField_ELBO
+from handwritten import hand_written
+from pyro.infer import SVI, TraceMeanField_ELBO
 from torch import Tensor, nn
-from torch.distributions import Beta
-from torch.nn.functional import logsigmoid
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.guides.sparse_shift import SparseShiftGuide
@@ -55,55 +57,7 @@ class Setting:
     seed: int
 
 
-# ---------------------------------------------------------------- the three engines
-
-
-def hand_written(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Tensor:
-    """Negative ELBO in nats per cell, without Pyro: one draw, every KL and gate expectation analytic."""
-    assert batch.x_ng is not None
-    alpha, tau = model.alpha, model.shift_scale
-    logit_pk: Tensor = guide.gate_logit
-    shift_loc_pk: Tensor = guide.shift_loc
-    shift_scale_pk: Tensor = guide.shift_scale_unconstrained.exp()
-    gate_pk = logit_pk.sigmoid()
-    a_pk, b_pk = 1 + gate_pk, alpha + 1 - gate_pk
-    rate_pk = Beta(a_pk, b_pk, validate_args=False).rsample()
-    shift_pk = shift_loc_pk + shift_scale_pk * torch.randn_like(shift_loc_pk)
-
-    prior_loc_nk = batch.u_np @ (gate_pk * shift_pk)
-    prior_var_nk = batch.u_np**2 @ (gate_pk * (1 - gate_pk) * shift_pk**2)
-    loc_nk, scale_nk = guide.encoder(batch.x_ng, batch.batch_nb, prior_loc_nk)
-    z_nk = loc_nk + scale_nk * torch.randn_like(loc_nk)
-    logit_ng = model.decoder(z_nk, batch.batch_nb)
-
-    total = a_pk.new_tensor(alpha + 2.0)
-    kl_rate = torch.lgamma(total) - torch.lgamma(a_pk) - torch.lgamma(b_pk) - math.log(alpha)
-    kl_rate = kl_rate + gate_pk * a_pk.digamma() + (1 - gate_pk) * b_pk.digamma()
-    kl_rate = kl_rate - torch.digamma(total)
-    kl_gate = gate_pk * (logsigmoid(logit_pk) - rate_pk.log())
-    kl_gate = kl_gate + (1 - gate_pk) * (logsigmoid(-logit_pk) - torch.log1p(-rate_pk))
-    kl_shift = (shift_scale_pk**2 + shift_loc_pk**2) / (2 * tau**2) - (shift_scale_pk / tau).log() - 0.5
-    kl_shift = gate_pk * (kl_shift + model.cost_p.unsqueeze(-1))  # with the cost of an open edge
-    kl_z = (scale_nk**2 + (loc_nk - prior_loc_nk) ** 2 + prior_var_nk - 1) / 2 - scale_nk.log()
-    per_cell = kl_z.sum(-1) - _log_likelihood(model, logit_ng, batch.x_ng, batch.library_n1).sum(-1)
-    loss: Tensor = per_cell.mean() + (kl_rate + kl_gate + kl_shift).sum() / batch.n_total
-    return loss
-
-
-def _log_likelihood(model: SparseShift, logit_ng: Tensor, x_ng: Tensor, library_n1: Tensor) -> Tensor:
-    """log p(x | z), shape n, g."""
-    if model.likelihood == "gaussian":
-        log_scale_g: Tensor = model.scale_g_unconstrained
-        residual_ng = (x_ng - logit_ng) * (-log_scale_g).exp()
-        return -0.5 * residual_ng**2 - log_scale_g - 0.5 * math.log(2 * math.pi)
-    log_mean_ng = library_n1.log() + logit_ng.log_softmax(-1)
-    if model.likelihood == "poisson":
-        return x_ng * log_mean_ng - log_mean_ng.exp() - torch.lgamma(x_ng + 1)
-    log_theta_g: Tensor = model.theta_g_unconstrained
-    theta_g = log_theta_g.exp()
-    log_sum_ng = (theta_g + log_mean_ng.exp()).log()
-    counts_ng = torch.lgamma(x_ng + theta_g) - torch.lgamma(theta_g) - torch.lgamma(x_ng + 1)
-    return counts_ng + theta_g * (log_theta_g - log_sum_ng) + x_ng * (log_mean_ng - log_sum_ng)
+# ---------------------------------------------------------------- the engines
 
 
 def eager(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Tensor:
@@ -123,8 +77,8 @@ ENGINES: dict[str, Loss] = {"hand-written": hand_written, "eager": eager, "stock
 # ---------------------------------------------------------------- pair and data
 
 
-def build(setting: Setting) -> tuple[SparseShift, SparseShiftGuide, Batch]:
-    """The pair with its defaults, and one minibatch of 100 as many cells in all."""
+def build(setting: Setting, **settings: str) -> tuple[SparseShift, SparseShiftGuide, Batch]:
+    """The pair with its defaults, or some other settings, and one minibatch of 100 as many cells in all."""
     torch.manual_seed(setting.seed)
     rng = np.random.default_rng(setting.seed)
     batch = _batch(setting, rng)
@@ -134,6 +88,7 @@ def build(setting: Setting) -> tuple[SparseShift, SparseShiftGuide, Batch]:
         "n_latents": setting.n_latents,
         "n_hidden": setting.n_hidden,
         "likelihood": setting.likelihood,
+        **settings,
     }
     target_cells = (batch.n_total / (setting.n_targets + 1),) * setting.n_targets
     return SparseShift(target_cells=target_cells, **shared), SparseShiftGuide(**shared), batch  # type: ignore[arg-type]
@@ -198,6 +153,27 @@ def stepper(engine: Loss, model: SparseShift, guide: SparseShiftGuide, batch: Ba
     """One training step on copies of the pair."""
     model, guide = copy.deepcopy(model), copy.deepcopy(guide)
     return _step(model, guide, lambda: engine(model, guide, batch).backward())
+
+
+def by_torch_stepper(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Callable[[], None]:
+    """The loss written by hand, with the fast likelihood, by ``torch.compile``."""
+    loss = torch.compile(partial(hand_written, fast=True))
+    return stepper(loss, model, guide, batch)
+
+
+def svi_stepper(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Callable[[], None]:
+    """One step of stock SVI, without clipping."""
+    model, guide = copy.deepcopy(model), copy.deepcopy(guide)
+    if model.likelihood == "nb":
+        model.measurement = partial(_by_torch, model)  # type: ignore[method-assign]
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-4}), TraceMeanField_ELBO())
+    return lambda: svi.step(batch)
+
+
+def _by_torch(model: SparseShift, z_nk: Tensor, batch: Batch) -> dist.TorchDistribution:
+    """p(x | z) by torch's distribution."""
+    log_mean_ng = batch.library_n1.log() + model.decoder(z_nk, batch.batch_nb).log_softmax(-1)
+    return dist.NegativeBinomial(model.theta_g, logits=log_mean_ng - model.theta_g.log())
 
 
 def compiled_stepper(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Callable[[], None]:
@@ -282,6 +258,8 @@ def main() -> None:
         model, guide, batch = build(setting)
         check(model, guide, batch)
         steppers = {name: stepper(engine, model, guide, batch) for name, engine in ENGINES.items()}
+        steppers["svi"] = svi_stepper(model, guide, batch)
+        steppers["by-torch"] = by_torch_stepper(model, guide, batch)
         steppers["compiled"] = compiled_stepper(model, guide, batch)
         times = measure(list(steppers.values()), given.rounds, given.steps)
         report(setting, batch, list(steppers), times)

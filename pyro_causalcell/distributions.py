@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints, register_kl
 from torch.distributions.utils import broadcast_all
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import softplus
 
 __all__ = [
     "Gate",
@@ -36,6 +36,8 @@ Shape = torch.Size | list[int] | tuple[int, ...]
 LEAST_ROWS, MOST_ROWS = 32, 512
 """Counts below are looked up in a table, larger ones are evaluated one by one. In single cells few are: a
 short table is enough. It grows where many are."""
+AT_ONCE = 65_536
+"""Values that are worked on together: what stays in the cache of one processor."""
 
 
 class NegativeBinomial(dist.TorchDistribution):
@@ -101,97 +103,182 @@ class NegativeBinomial(dist.TorchDistribution):
         """log NB(value; mean, θ), shape of the distribution."""
         if self._validate_args:
             self._validate_sample(value)
-        theta, log_mean = self.inverse_dispersion, self.log_mean
-        log_odds = log_mean - theta.log()
-        # one term for each side: θ log θ − (x + θ) log(θ + m) would cancel digits where θ or x is large
-        counts = self._log_count_terms(value, theta)
-        return counts - theta * softplus(log_odds) + value * logsigmoid(log_odds)
+        result: Tensor = _NBLogProb.apply(value, self.inverse_dispersion, self.log_mean)
+        return result
 
-    def _log_count_terms(self, x: Tensor, theta: Tensor) -> Tensor:
-        """log Γ(x + θ) − log Γ(θ) − log x!, at the shape of x, not of the particles."""
+
+class _NBLogProb(torch.autograd.Function):
+    """log NB with its gradients in θ and log mean, worked out together: autograd takes twice the passes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, theta: Tensor, log_mean: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        by_theta, wanted = ctx.needs_input_grad[1], any(ctx.needs_input_grad)
+        per_gene = theta.dim() == 1 and x.dim() and x.shape[-1] == theta.shape[0]
         if get_proxy_mode() is not None:
-            return _series_terms(x, theta)
-        if theta.dim() == 1 and x.dim() and x.shape[-1] == theta.shape[0]:
-            return _TableTerms.apply(x, theta)
-        return _gamma_terms(x, theta)
+            found = _with_mean(*_series_terms(x, theta, by_theta), x, theta, log_mean, wanted)
+        elif per_gene and log_mean.shape[-x.dim() :] == x.shape:
+            found = _by_table(x, theta, log_mean, wanted, by_theta)
+        else:
+            found = _with_mean(*_gamma_terms(x, theta, by_theta), x, theta, log_mean, wanted)
+        ctx.save_for_backward(x, theta, log_mean, *found[1:])
+        return found[0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        x, theta, log_mean, by_log_mean, by_theta = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():  # second derivatives are asked for
+            slopes = torch.digamma(x + theta) - torch.digamma(theta)
+            log_odds = log_mean - theta.log()
+            by_log_mean = x * torch.sigmoid(-log_odds) - theta * torch.sigmoid(log_odds)
+            by_theta = slopes - softplus(log_odds) - by_log_mean / theta
+        theta_grad = (grad * by_theta).sum_to_size(theta.shape) if wanted[0] else None
+        return None, theta_grad, (grad * by_log_mean).sum_to_size(log_mean.shape) if wanted[1] else None
 
 
-def _gamma_terms(x: Tensor, theta: Tensor) -> Tensor:
-    """log Γ(x + θ) − log Γ(θ) − log x! in double precision: the difference is small, its terms are not."""
+def _with_mean(
+    counts: Tensor, slopes: Tensor | None, x: Tensor, theta: Tensor, log_mean: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """log NB from its terms in x and θ; its gradients in log mean and θ.
+
+    With o = log m − log θ: log NB = counts − θ softplus(o) − x softplus(−o), and ∂ log NB / ∂ log m =
+    x sigmoid(−o) − θ sigmoid(o). One term for each side: θ log θ − (x + θ) log(θ + m) would cancel digits
+    where θ or x is large.
+    """
+    log_odds = log_mean - theta.log()
+    below = log_odds.clamp(max=0)
+    if not wanted:
+        log_sum = log_odds.abs().neg_().exp_().log1p_()
+        above = log_odds.neg_().add_(below)
+        log_prob = (x + theta).mul(log_sum).neg_().add_(counts).addcmul_(theta, above).addcmul_(x, below)
+        return log_prob, None, None
+    above = below - log_odds
+    x_share, theta_share = above.exp(), below.exp()  # sigmoids of −o and o, times 1 + exp(−|o|)
+    both = x_share * theta_share
+    log_sum = both.log1p()
+    log_prob = (x + theta).mul(log_sum).neg_().add_(counts).addcmul_(theta, above).addcmul_(x, below)
+    by_log_mean = x_share.mul_(x).addcmul_(theta, theta_share, value=-1).div_(both.add_(1))
+    if slopes is None:
+        return log_prob, by_log_mean, None
+    return log_prob, by_log_mean, above.sub_(log_sum).addcdiv_(by_log_mean, theta, value=-1).add_(slopes)
+
+
+def _gamma_terms(x: Tensor, theta: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """log Γ(x + θ) − log Γ(θ) − log x!, at the shape of x, not of the particles; its slope in θ if wanted.
+
+    In double precision: the difference is small, its parts are not.
+    """
     x, wide = x.double(), theta.double()
-    return (torch.lgamma(x + wide) - torch.lgamma(wide) - torch.lgamma(x + 1)).to(theta.dtype)
+    terms = torch.lgamma(x + wide) - torch.lgamma(wide) - torch.lgamma(x + 1)
+    slopes = torch.digamma(x + wide) - torch.digamma(wide) if wanted else None
+    return terms.to(theta.dtype), None if slopes is None else slopes.to(theta.dtype)
 
 
-def _series_terms(x: Tensor, theta: Tensor) -> Tensor:
+def _series_terms(x: Tensor, theta: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
     """The same by Stirling's series at arguments shifted by 4, error below 1e-6.
 
     The three series are taken as one: what is large in each cancels here on paper, not in single precision.
 
-    Source: Abramowitz and Stegun, equations 6.1.15 and 6.1.41.
+    Source: Abramowitz and Stegun, equations 6.1.15, 6.1.41 and 6.3.18.
     """
-    y, w = x + 5, theta + 4
-    ratio = (1 + x / theta) * (1 + x / (theta + 1)) * (1 + x / (theta + 2)) * (1 + x / (theta + 3))
-    both = (w - 0.5) * torch.log1p(x / w) + x * torch.log1p((theta - 1) / y)
-    counts = ((x + 1) * (x + 2) * (x + 3) * (x + 4)).log() - 4.5 * y.log() + 5 - math.log(2 * math.pi) / 2
-    return both + _rest(w + x) - _rest(w) - ratio.log() + counts - _rest(y)
+    w, total, one_over_y = theta + 4, x + theta, 1 / (x + 5)
+    one_over_w, one_over_s = 1 / w, 1 / (total + 4)
+    growth = torch.log1p(x * one_over_w)
+    both = (w - 0.5) * growth + x * torch.log1p((theta - 1) * one_over_y)
+    # the factors that the shifts leave behind, and y^-4.5 of the series
+    square = one_over_y * one_over_y
+    factorial = (x + 1) * (x + 4) * square * ((x + 2) * (x + 3) * square) * one_over_y.sqrt()
+    factors, above = _product(theta), 1 / _product(total)
+    both = both + (factorial * (factors * above)).log() + (5 - math.log(2 * math.pi) / 2)
+    counts = both + _rest(one_over_s) - _rest(one_over_w) - _rest(one_over_y)
+    if not wanted:
+        return counts, None
+    behind = _product_slope(total) * above - _product_slope(theta) / factors
+    return counts, growth + _rest_slope(one_over_s) - _rest_slope(one_over_w) - behind
 
 
-def _rest(w: Tensor) -> Tensor:
+def _product(v: Tensor) -> Tensor:
+    """v (v + 1) (v + 2) (v + 3)."""
+    half = v * (v + 3)
+    return half * (half + 2)
+
+
+def _product_slope(v: Tensor) -> Tensor:
+    """Derivative of this product."""
+    return (2 * v + 3) * (2 * v * (v + 3) + 2)
+
+
+def _rest(one_over_w: Tensor) -> Tensor:
     """What Stirling's series adds to (w − ½) log w − w + ½ log 2π."""
-    return (1 / 12 - 1 / (360 * w**2)) / w
+    return one_over_w * (1 / 12 - one_over_w * one_over_w * (1 / 360))
 
 
-def _gamma_slopes(x: Tensor, theta: Tensor) -> Tensor:
-    """Derivative of these terms in θ."""
-    x, wide = x.double(), theta.double()
-    return (torch.digamma(x + wide) - torch.digamma(wide)).to(theta.dtype)
+def _rest_slope(one_over_w: Tensor) -> Tensor:
+    """What the digamma series adds to log w."""
+    square = one_over_w * one_over_w
+    return -0.5 * one_over_w - square * (1 / 12 - square * (1 / 120))
 
 
-class _TableTerms(torch.autograd.Function):
-    """log Γ(x_ng + θ_g) − log Γ(θ_g) − log x_ng! by tables over counts; gradient in θ alone."""
+def _by_table(
+    x: Tensor, theta_g: Tensor, log_mean: Tensor, wanted: bool, by_theta: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """log NB and its gradients, with T[j, g] = Σ_{i<j} log((θ_g + i) / (i + 1)) for the terms in x and θ.
 
-    @staticmethod
-    def forward(ctx, x_ng: Tensor, theta_g: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
-        n_genes = theta_g.shape[0]
-        flat = x_ng.reshape(-1)
-        rows, big = _split(flat, n_genes)
-        j_j1 = torch.arange(rows - 1, device=x_ng.device, dtype=theta_g.dtype).unsqueeze(1)
-        steps_jg = theta_g + j_j1
-        genes_g = torch.arange(n_genes, device=x_ng.device, dtype=torch.int32)
+    A few rows and particles at a time, so that what is worked on stays in the cache of a processor.
+    """
+    n_genes = len(theta_g)
+    x_ng = x.reshape(-1, n_genes)
+    log_mean_sng = log_mean.reshape(-1, *x_ng.shape)
+    rows, cell_m, gene_m = _large(x_ng)
+    tables = _tables(theta_g, rows, by_theta)
+    outputs = [torch.empty_like(log_mean_sng) for want in (True, wanted, by_theta) if want]
+    genes_g = torch.arange(n_genes, device=x.device, dtype=torch.int32)
+    at_once = AT_ONCE if x.device.type == "cpu" else log_mean.numel()  # a GPU wants few, large calls
+    n_at_once = max(1, at_once // n_genes)
+    for start in range(0, len(x_ng), n_at_once):
+        here = slice(start, start + n_at_once)
+        block_ng = x_ng[here]
         # flat 32-bit places: gather with its 64-bit index takes twice as long
-        at = (x_ng.clamp(max=rows - 1).int() * n_genes + genes_g).reshape(-1)
-        terms = _sums((steps_jg / (j_j1 + 1)).log()).index_select(0, at)
-        terms[big] = _gamma_terms(flat[big], theta_g[big % n_genes])
-        if ctx.needs_input_grad[1]:
-            slopes = _sums(steps_jg.reciprocal()).index_select(0, at)
-            slopes[big] = _gamma_slopes(flat[big], theta_g[big % n_genes])
-            ctx.save_for_backward(slopes.view(x_ng.shape), x_ng, theta_g)
-        return terms.view(x_ng.shape)
+        at = torch.add(genes_g, block_ng.clamp(max=rows - 1).int(), alpha=n_genes).view(-1)
+        looked = [table.index_select(0, at).view(block_ng.shape) for table in tables]
+        counts_ng, slopes_ng = looked if by_theta else (looked[0], None)
+        s_at_once = max(1, at_once // block_ng.numel())
+        for first in range(0, len(log_mean_sng), s_at_once):
+            place = (slice(first, first + s_at_once), here)
+            found = _with_mean(counts_ng, slopes_ng, block_ng, theta_g, log_mean_sng[place], wanted)
+            for output, part in zip(outputs, filter(torch.is_tensor, found), strict=True):
+                output[place] = part
+    if len(cell_m):
+        exact = _gamma_terms(x_ng[cell_m, gene_m], theta_g[gene_m], by_theta)
+        for output, table, value_m in zip(outputs[:: 2 if by_theta else 1], tables, exact, strict=False):
+            assert value_m is not None
+            from_table_m = table.view(rows, n_genes)[-1, gene_m]
+            output[:, cell_m, gene_m] += value_m - from_table_m
+    shaped = [output.view(log_mean.shape) for output in outputs]
+    return shaped[0], shaped[1] if wanted else None, shaped[2] if by_theta else None
 
-    @staticmethod
-    def backward(ctx, grad_ng: Tensor) -> tuple[None, Tensor]:  # type: ignore[no-untyped-def]  # noqa: ANN001
-        slope_ng, x_ng, theta_g = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives are asked for: the table has none
-            slope_ng = torch.digamma(x_ng + theta_g) - torch.digamma(theta_g)
-        return None, (grad_ng * slope_ng).reshape(-1, theta_g.shape[0]).sum(0)
 
-
-def _split(flat: Tensor, n_genes: int) -> tuple[int, Tensor]:
-    """Rows of the table, and where the counts are that it does not hold.
+def _large(x_ng: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Rows of the table; cells and genes of the counts that it does not hold.
 
     Filling a row costs as much as evaluating a fifth of its genes one by one.
     """
-    rows = LEAST_ROWS
-    big = (flat >= rows).nonzero().squeeze(1)
-    while rows < MOST_ROWS and len(big) > rows * n_genes / 5:
+    rows, top_g = LEAST_ROWS, x_ng.amax(0) if len(x_ng) else x_ng.new_zeros(x_ng.shape[1])
+    while True:
+        large_g = (top_g >= rows).nonzero().squeeze(1)  # most genes have none: look at the others alone
+        cell_m, gene_m = (x_ng.index_select(1, large_g) >= rows).nonzero(as_tuple=True)
+        if rows >= MOST_ROWS or len(cell_m) <= rows * x_ng.shape[1] / 5:
+            return rows, cell_m, large_g[gene_m]
         rows *= 2
-        big = (flat >= rows).nonzero().squeeze(1)
-    return rows, big
 
 
-def _sums(steps_jg: Tensor) -> Tensor:
-    """Sums of the first 0, 1, 2, ... rows, flattened."""
-    return torch.cat([torch.zeros_like(steps_jg[:1]), steps_jg.cumsum(0)]).view(-1)
+def _tables(theta_g: Tensor, rows: int, by_theta: bool) -> list[Tensor]:
+    """T and its slopes in θ, each flattened: sums over the first 0, 1, 2, ... of the steps."""
+    j_j1 = torch.arange(rows - 1, device=theta_g.device, dtype=theta_g.dtype).unsqueeze(1)
+    steps_jg = theta_g + j_j1
+    before = torch.ones(rows, rows - 1, device=theta_g.device, dtype=theta_g.dtype).tril(-1)
+    steps = [(steps_jg / (j_j1 + 1)).log()] + ([steps_jg.reciprocal()] if by_theta else [])
+    return [(before @ step_jg).view(-1) for step_jg in steps]  # faster than cumsum along the first axis
 
 
 class Gate(dist.Bernoulli):

@@ -2,22 +2,28 @@
 
 A plain pair spends much of a step on effect handlers and on the dispatch of hundreds of small operations.
 Both are the same in every step. So loss and gradients of one step are recorded (``make_fx``), and the flat
-list of tensor operations is compiled.
+list of tensor operations is compiled. On processors its large matrix products go to oneDNN, which takes half
+the time of torch's default library where that is not made for the processor.
 
 Source: Horace He and Richard Zou, make_fx; Ansel et al., PyTorch 2, ASPLOS 2024 (torch.compile).
 """
 
 import importlib
+import inspect
+import math
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from pyro_causalcell.batch import Batch
@@ -26,13 +32,25 @@ from pyro_causalcell.inference.pair import Pair
 
 __all__ = ["Engine", "TracedStep", "eager_gradients"]
 
-SWITCH_AFTER = 2000
-"""Steps of a stage that run before the graph takes over. A number of steps, not the moment when the graph
-is ready, so that the same seed gives the same digits; a graph that is late is waited for."""
-REPAYS = 10_000
-"""Shortest stage, in steps, that is compiled without being asked to."""
+STEP_SECONDS, VALUE_SECONDS = 3e-3, 6e-8
+"""About what an eager step takes on one processor: in all, and for each gene of each cell. An estimate, not a
+measurement, so that the same seed gives the same digits: they change in the last places with the engine."""
+COMPILE_SECONDS = 20.0
+"""About what recording and compiling take. The graph takes over after so many steps; one that is late is
+waited for."""
+REPAYS_SECONDS = 60.0
+"""Shortest stage, in seconds of eager steps, that is compiled without being asked to."""
+MOST_GRAPHS = 2
+"""Kinds of minibatches that are compiled; others are taken eagerly."""
+LARGE_PRODUCT = 1_000_000
+"""Multiplications from which a matrix product is given to oneDNN: a call costs more there."""
 TOLERANCE = 1e-3
 """Largest difference of a gradient from Pyro's, as a share of that gradient's largest entry."""
+
+
+_COMPILER = threading.Lock()  # torch patches its modules while it records or compiles: one at a time
+_OPERATORS = torch.library.Library("pyro_causalcell", "DEF")
+_OPERATORS.define("product(Tensor left, Tensor right, Tensor? bias) -> Tensor")
 
 
 class NotTraceableError(Exception):
@@ -85,7 +103,9 @@ class TracedStep:
         self.used: list[bool] = []
         self.key = self._key(batch, weights)
         self.graph = self._record(batch, weights)
-        self._check(self.graph)
+        _narrow_products(self.graph)
+        if batch.u_np.device.type == "cpu" and torch.backends.mkldnn.is_available():
+            _choose_library(self.graph)
         self.run: Callable[..., Sequence[Tensor]] = self.graph
 
     def fits(self, batch: Batch, weights: Mapping[str, float]) -> bool:
@@ -144,9 +164,10 @@ class TracedStep:
             state = dict(zip(named, [*parameters, *rest[:n_buffers]], strict=True))
             weight = dict(zip(weights, rest[n_buffers : n_buffers + len(weights)], strict=True))
             here = _filled(leaves, spec, rest[n_buffers + len(weights) :])
-            terms = torch.func.functional_call(self.program, state, (here, weight))
             learned = [p for p, wanted in zip(parameters, learn, strict=True) if wanted]
-            gradients = torch.autograd.grad(_loss(terms, batch), learned, allow_unused=True)
+            with _RefuseValues():  # type: ignore[no-untyped-call]
+                terms = torch.func.functional_call(self.program, state, (here, weight))
+                gradients = torch.autograd.grad(_loss(terms, batch), learned, allow_unused=True)
             self.names, self.used = list(terms), [g is not None for g in gradients]
             return [*(t.detach() for t in terms.values()), *(g for g in gradients if g is not None)]
 
@@ -154,15 +175,8 @@ class TracedStep:
             with torch.random.fork_rng(devices=_cuda(batch)), pyro.validation_enabled(False):
                 return make_fx(step)(*self._inputs(batch, weights, copy=True))
         except Exception as error:  # whatever a user's model may do that cannot be recorded
-            raise NotTraceableError(f"{type(error).__name__}: {error}") from error
-
-    @staticmethod
-    def _check(graph: GraphModule) -> None:
-        """Refuse a recording that would be right for the recorded values alone."""
-        bad = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-        names = {str(n.target) for n in graph.graph.nodes if bad & set(getattr(n.target, "tags", ()))}
-        if names:
-            raise NotTraceableError(f"the pair uses {sorted(names)}, whose result depends on values")
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise NotTraceableError(f"{why}{_place(error, self.pair)}") from error
 
     def _inputs(self, batch: Batch, weights: Mapping[str, float], copy: bool = False) -> list[Tensor]:
         state = [*self.program.parameters(), *self.program.buffers()]
@@ -193,17 +207,135 @@ def _cuda(batch: Batch) -> list[torch.device]:
     return [batch.u_np.device] if batch.u_np.device.type == "cuda" else []
 
 
+class _RefuseValues(TorchDispatchMode):
+    """Stop where a result's shape, or what Python goes on with, depends on values.
+
+    A recording would be right for the recorded values alone.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        reads = torch.Tag.data_dependent_output in func.tags
+        reads = reads and func is not torch.ops.aten._local_scalar_dense.default  # make_fx knows constants
+        if reads or torch.Tag.dynamic_output_shape in func.tags:
+            raise NotTraceableError(f"the result of {func} depends on values")
+        return func(*args, **(kwargs or {}))
+
+
+def _place(error: BaseException, pair: Pair) -> str:
+    """The line of the pair, or else of what it calls, at which an error arose."""
+    own = {type(side).forward.__code__.co_filename for side in (pair.model, pair.guide)}
+    library = [Path(inspect.getfile(m)).parent for m in (torch, pyro)] + [Path(__file__).parent]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    called = [f for f in frames if not any(Path(f.filename).is_relative_to(at) for at in library)]
+    chosen = [f for f in called if f.filename in own] or called
+    return f", at {chosen[-1].filename}:{chosen[-1].lineno}: {chosen[-1].line}" if chosen else ""
+
+
+@torch.library.impl(_OPERATORS, "product", "CPU")
+def _product(left_nk: Tensor, right_kg: Tensor, bias_g: Tensor | None) -> Tensor:
+    """left @ right + bias by oneDNN, which is very slow where the matrix on the right has gaps."""
+    if not (right_kg.is_contiguous() or right_kg.t().is_contiguous()):
+        right_kg = right_kg.contiguous()
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left_nk, right_kg.t(), bias_g, "none", [], "")
+    return product
+
+
+@torch.library.register_fake("pyro_causalcell::product")  # type: ignore[untyped-decorator]
+def _product_shape(left_nk: Tensor, right_kg: Tensor, bias_g: Tensor | None) -> Tensor:
+    return left_nk.new_empty(left_nk.shape[0], right_kg.shape[1])
+
+
+def _narrow_products(graph: GraphModule) -> None:
+    """Of matrix products of which some columns are used, compute those alone.
+
+    An encoder that sees counts beside something that learns needs gradients of the latter, and autograd gives
+    those of all inputs.
+    """
+    aten = torch.ops.aten
+    for view in graph.graph.find_nodes(op="call_function", target=aten.view.default):
+        if view.meta["tensor_meta"].shape == view.args[0].meta["tensor_meta"].shape:
+            view.replace_all_uses_with(view.args[0])
+            graph.graph.erase_node(view)
+    for product in graph.graph.find_nodes(op="call_function", target=aten.mm.default):
+        pieces = list(product.users)
+        if not pieces or not all(p.target is aten.slice.Tensor and p.args[1] == 1 for p in pieces):
+            continue
+        left, right = product.args
+        for piece in pieces:
+            with graph.graph.inserting_before(piece):
+                columns = graph.graph.call_function(aten.slice.Tensor, (right, *piece.args[1:]))
+                narrow = graph.graph.call_function(aten.mm.default, (left, columns))
+            narrow.meta = piece.meta
+            piece.replace_all_uses_with(narrow)
+            graph.graph.erase_node(piece)
+        graph.graph.erase_node(product)
+    graph.recompile()
+
+
+def _choose_library(graph: GraphModule) -> None:
+    """Give large matrix products in single precision to oneDNN."""
+    aten = torch.ops.aten
+    for target in (aten.mm.default, aten.addmm.default):
+        for node in graph.graph.find_nodes(op="call_function", target=target):
+            *bias, left, right = node.args
+            if not _is_large(node, left, bias):
+                continue
+            with graph.graph.inserting_before(node):
+                operator = torch.ops.pyro_causalcell.product.default
+                product = graph.graph.call_function(operator, (left, right, bias[0] if bias else None))
+            product.meta = node.meta
+            node.replace_all_uses_with(product)
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _is_large(product: Node, left: Node, bias: Sequence[Node]) -> bool:
+    kind = product.meta["tensor_meta"]
+    one_row = all(b.meta["tensor_meta"].shape == kind.shape[-1:] for b in bias) and not product.kwargs
+    size = math.prod(kind.shape) * left.meta["tensor_meta"].shape[1]
+    return one_row and kind.dtype == torch.float32 and size >= LARGE_PRODUCT
+
+
+class _Graph:
+    """A recorded step that is being compiled beside the training."""
+
+    def __init__(self, traced: TracedStep, batch: Batch, weights: Mapping[str, float], switch: int):
+        self.traced, self.switch, self.checked = traced, switch, False
+        self.problem: str | None = None
+        self.thread = threading.Thread(target=self._compile, args=(batch, dict(weights)), daemon=True)
+        self.thread.start()
+
+    def _compile(self, batch: Batch, weights: Mapping[str, float]) -> None:
+        try:
+            with _COMPILER:
+                self.traced.compile(batch, weights)
+        except Exception as error:  # told in the training's own thread
+            self.problem = f"{type(error).__name__}: {error}"
+
+    def check(self, batch: Batch, weights: Mapping[str, float]) -> str | None:
+        """Wait for it, and compare it with Pyro; returns what is wrong."""
+        self.thread.join()
+        self.checked = True
+        difference = 0.0 if self.problem else self.traced.difference(batch, weights)
+        if difference > TOLERANCE:
+            self.problem = f"its gradients differ from Pyro's by {difference:.2g} of their size"
+        return self.problem
+
+
 class Engine:
     """Takes the steps of one stage of training: eagerly, then by a :class:`TracedStep`.
 
-    The graph is recorded at the first step and compiled beside the training. Before it takes over, its
-    gradients are compared with Pyro's on a batch it has not seen. Where it cannot be made, or differs, a
-    warning says why, and training goes on eagerly.
+    The graph is recorded at the first step and compiled beside the training. Minibatches of an epoch differ
+    by one cell: once the first graph is in use, one is made for those of the other size. Before a graph takes
+    over, its gradients are compared with Pyro's on a batch it has not seen. Where it cannot be made, or
+    differs, a warning says why, and training goes on eagerly.
 
     Args:
         pair: The pair.
-        compile: True switches after the first step; False never; None after ``SWITCH_AFTER`` steps, where
-            the stage is long enough to repay it.
+        compile: True switches after the first step; False never; None when compiling is about done, where
+            the stage is long enough to repay it (``REPAYS_SECONDS``).
         n_steps: Expected length of the stage.
         age: Steps of the stage that were taken before (a resumed run).
         n_particles: Draws of each cell's latents.
@@ -211,57 +343,53 @@ class Engine:
 
     def __init__(self, pair: Pair, compile: bool | None, n_steps: int, age: int = 0, n_particles: int = 1):
         self.pair, self.age, self.n_particles = pair, age, n_particles
-        self.wanted = n_steps >= REPAYS if compile is None else compile
-        self.switch = 1 if compile else SWITCH_AFTER
-        self.traced: TracedStep | None = None
-        self.thread: threading.Thread | None = None
-        self.problem: str | None = None
+        self.compile, self.n_steps = compile, n_steps
+        self.wanted = compile is not False
+        self.graphs: list[_Graph] = []
 
     def gradients(self, batch: Batch, weights: Mapping[str, float]) -> Terms:
         """Set the parameters' gradients (they were cleared); returns the terms."""
-        if self.wanted:
-            if self.traced is None:
-                self._start(batch, weights)
-            if self.age >= self.switch and self.thread is not None:
-                self._switch(batch, weights)
+        traced = self._traced(batch, weights) if self.wanted else None
         self.age += 1
-        if self.wanted and self.thread is None and self.traced and self.traced.fits(batch, weights):
-            return self.traced(batch, weights)
+        if traced is not None:
+            return traced(batch, weights)
         return eager_gradients(self.pair, batch, weights, self.n_particles)
 
-    def _start(self, batch: Batch, weights: Mapping[str, float]) -> None:
+    def _traced(self, batch: Batch, weights: Mapping[str, float]) -> TracedStep | None:
+        """The compiled step for such a batch, once it is its turn."""
+        graph = next((g for g in self.graphs if g.traced.fits(batch, weights)), None)
+        if graph is None and len(self.graphs) < MOST_GRAPHS and all(g.checked for g in self.graphs):
+            graph = self._start(batch, weights)
+        if graph is None or self.age < graph.switch:
+            return None
+        problem = None if graph.checked else graph.check(batch, weights)
+        if problem is not None:
+            self._give_up(problem)
+            return None
+        return graph.traced
+
+    def _start(self, batch: Batch, weights: Mapping[str, float]) -> _Graph | None:
+        """Record a graph, unless the stage is too short to repay it."""
+        values = batch.n_cells * (1 if batch.x_ng is None else batch.x_ng[0].numel()) * self.n_particles
+        seconds = STEP_SECONDS + VALUE_SECONDS * values
+        if self.compile is None and self.n_steps * seconds < REPAYS_SECONDS:
+            self.wanted = False
+            return None
         try:
-            self.traced = TracedStep(self.pair, batch, weights, self.n_particles)
+            with _COMPILER:
+                traced = TracedStep(self.pair, batch, weights, self.n_particles)
         except NotTraceableError as error:
             self._give_up(str(error))
-            return
+            return None
         with warnings.catch_warnings():  # torch's compiler imports what torch deprecates
             warnings.simplefilter("ignore", DeprecationWarning)
             importlib.import_module("torch._inductor.compile_fx")
-        self.thread = threading.Thread(target=self._compile, args=(batch, dict(weights)), daemon=True)
-        self.thread.start()
-
-    def _compile(self, batch: Batch, weights: Mapping[str, float]) -> None:
-        assert self.traced is not None
-        try:
-            self.traced.compile(batch, weights)
-        except Exception as error:  # told in the training's own thread
-            self.problem = f"{type(error).__name__}: {error}"
-
-    def _switch(self, batch: Batch, weights: Mapping[str, float]) -> None:
-        assert self.thread is not None and self.traced is not None
-        if not self.traced.fits(batch, weights):  # the short batch at the end of an epoch
-            return
-        self.thread.join()
-        self.thread = None
-        difference = 0.0 if self.problem else self.traced.difference(batch, weights)
-        if difference > TOLERANCE:
-            self.problem = f"its gradients differ from Pyro's by {difference:.2g} of their size"
-        if self.problem:
-            self._give_up(self.problem)
+        compiled = 1 if self.compile else math.ceil(COMPILE_SECONDS / seconds)
+        self.graphs.append(_Graph(traced, batch, weights, compiled * (1 + len(self.graphs))))
+        return self.graphs[-1]
 
     def _give_up(self, why: str) -> None:
-        self.wanted, self.traced = False, None
+        self.wanted, self.graphs = False, []
         warnings.warn(
             f"training goes on without a compiled step: {why.splitlines()[0]}. The result is the same, the "
             "training slower; pass compile=False to leave this out",

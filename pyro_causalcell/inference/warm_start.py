@@ -234,8 +234,8 @@ def _mechanisms(
     """An order of the responsive programmes in which parents come last, and the mechanisms in it.
 
     A mechanism of control is a standard normal. What a target makes of a programme is regressed on all other
-    programmes over the cells that carry the target; it counts where it explains much more. ``extra_kk`` is the
-    covariance that posterior means do not show.
+    programmes over the cells that carry the target; it counts where it explains much more. ``extra_kk`` is
+    the covariance that posterior means do not show.
     """
     n_v, n_p = z.shape[1] - n_invariant, u.shape[1]
     gain_pv, strength_vk = np.zeros((n_p, n_v)), np.zeros((n_v, z.shape[1]))

@@ -137,17 +137,18 @@ def test_nb_passes_gradcheck():
     )
 
 
-def test_nb_count_terms_are_not_repeated_over_particles(monkeypatch):
+@pytest.mark.parametrize("recorded", [False, True])
+def test_nb_count_terms_are_not_repeated_over_particles(monkeypatch, recorded):
     """Terms in x and θ alone keep the shape of x, also after a plate has expanded the distribution."""
     shapes = []
-    terms = NegativeBinomial._log_count_terms
+    with_mean = distributions._with_mean
 
-    def spy(self, x, theta):
-        result = terms(self, x, theta)
-        shapes.append((tuple(theta.shape), tuple(result.shape)))
-        return result
+    def spy(counts, slopes, x, theta, *rest):
+        shapes.append((tuple(theta.shape), tuple(counts.shape)))
+        return with_mean(counts, slopes, x, theta, *rest)
 
-    monkeypatch.setattr(NegativeBinomial, "_log_count_terms", spy)
+    monkeypatch.setattr(distributions, "_with_mean", spy)
+    monkeypatch.setattr(distributions, "get_proxy_mode", lambda: "recording" if recorded else None)
     x_ng, theta_g = torch.ones(4, 3), torch.tensor([1.0, 2.0, 3.0])
     nb = NegativeBinomial(inverse_dispersion=theta_g, log_mean=torch.zeros(7, 4, 3))
     assert nb.to_event(1).log_prob(x_ng).shape == (7, 4)
@@ -156,6 +157,25 @@ def test_nb_count_terms_are_not_repeated_over_particles(monkeypatch):
     assert expanded.batch_shape == (7, 4, 3) and expanded.inverse_dispersion.shape == (3,)
     torch.testing.assert_close(expanded.log_prob(x_ng), one.log_prob(x_ng).expand(7, 4, 3))
     assert set(shapes) == {((3,), (4, 3))}
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_nb_does_not_depend_on_how_many_values_are_worked_on_together(monkeypatch, at_once):
+    """Blocks of cells, or of particles, with counts beyond the table in some of them."""
+    monkeypatch.setattr(distributions, "AT_ONCE", at_once)
+    x_ng = torch.tensor([[0.0, 600.0, 3.0], [2.0, 1.0, 40.0], [5.0, 0.0, 0.0]], dtype=torch.double)
+    results = []
+    for shape in ((3, 3), (5, 3, 3), (2, 5, 3, 3)):
+        torch.manual_seed(0)
+        log_mean = torch.randn(shape, dtype=torch.double, requires_grad=True)
+        theta = torch.tensor([0.4, 7.0, 2.0], dtype=torch.double, requires_grad=True)
+        for given in (theta, theta.unsqueeze(0)):  # by table, by lgamma
+            log_prob = NegativeBinomial(inverse_dispersion=given, log_mean=log_mean).log_prob(x_ng)
+            weighted = (log_prob * torch.linspace(1, 2, log_prob.numel()).view(shape)).sum()
+            results.append((log_prob, *torch.autograd.grad(weighted, [log_mean, theta])))
+    for table, lgamma in zip(results[::2], results[1::2], strict=True):
+        for a, b in zip(table, lgamma, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_nb_moments_of_draws():

@@ -1,11 +1,13 @@
 """The recorded step: Pyro's numbers and gradients, live weights, refusals, the switch."""
 
 import copy
+import inspect
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import TraceMeanField_ELBO
 from pyro.nn import PyroModule
 
 from pyro_causalcell.batch import Batch
@@ -78,6 +80,61 @@ def test_a_recording_knows_its_batches(build, batch):
     assert not step.fits(first, {"z": 0.5})
 
 
+def _losses(pair: Pair, batches: list[Batch], how: str) -> list[float]:
+    """50 steps of Adam in single precision; the recorded graph is run uncompiled."""
+    optimizer = torch.optim.Adam(list(pair.parameters()), lr=1e-3)
+    torch.manual_seed(3)
+    step, losses = None, []
+    for i in range(50):
+        batch = batches[i % len(batches)]
+        optimizer.zero_grad(set_to_none=True)
+        if how == "stock":
+            loss = TraceMeanField_ELBO().differentiable_loss(pair.model, pair.guide, batch) / batch.n_total
+            loss.backward()
+        else:
+            step = step or (TracedStep(pair, batch, {}) if how == "traced" else None)
+            terms = step(batch, {}) if step else eager_gradients(pair, batch, {})
+            loss = -sum(terms.values()) / batch.n_total
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_fifty_steps_are_the_same_by_every_engine(build, batch, monkeypatch):
+    """Eager, recorded (its matrix products by oneDNN) and stock Pyro under one random stream."""
+    monkeypatch.setattr(engine, "LARGE_PRODUCT", 0)
+    found = {}
+    for how in ("eager", "traced", "stock"):
+        pair = Pair(*build(guide={"dropout": 0.2}))
+        pair.train(True)
+        batches = [b._replace(x_ng=b.x_ng.float()) for b in (batch, batch._replace(x_ng=batch.x_ng + 1))]
+        with pyro.validation_enabled(False):
+            found[how] = _losses(pair, batches, how)
+    assert found["traced"] == pytest.approx(found["eager"], rel=1e-5)
+    assert found["stock"] == pytest.approx(found["eager"], rel=1e-5)
+    assert found["eager"][-1] < found["eager"][0]
+
+
+def test_products_are_taken_where_they_are_looked_at_alone(build, batch):
+    """The encoder sees 6 genes, 2 batch columns and 4 programmes, of which the programmes alone learn."""
+    pair = _pair(*build())
+    with pyro.validation_enabled(False):
+        step = TracedStep(pair, _batches(batch, 1)[0], {})
+        products = step.graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)
+        assert not any(user.target is torch.ops.aten.slice.Tensor for p in products for user in p.users)
+        assert step.difference(_batches(batch, 2)[1], {}) < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "apart"])
+def test_onednn_products_are_torchs(layout):
+    torch.manual_seed(0)
+    left, right, bias = torch.randn(5, 7), torch.randn(7, 4), torch.randn(4)
+    right = {"rows": right, "columns": right.t().contiguous().t(), "apart": torch.randn(7, 9)[:, :4]}[layout]
+    product = torch.ops.pyro_causalcell.product
+    torch.testing.assert_close(product(left, right, None), left @ right)
+    torch.testing.assert_close(product(left.t().contiguous().t(), right, bias), left @ right + bias)
+
+
 class Reads(PyroModule):
     """A model that looks at values: what it does depends on them."""
 
@@ -88,9 +145,9 @@ class Reads(PyroModule):
     def forward(self, batch: Batch) -> None:
         scale = 1.0
         if self.how == "value":
-            scale = 2.0 if float(batch.x_ng.sum()) > 0 else 1.0
+            scale = 2.0 if float(batch.x_ng.sum()) > 0 else 1.0  # value
         if self.how == "shape":
-            scale = 1.0 + batch.x_ng[batch.x_ng > 2].mean()
+            scale = 1.0 + batch.x_ng[batch.x_ng > 2].mean()  # shape
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             z_n = pyro.sample("z", dist.Normal(self.loc, scale))
             pyro.sample("x", dist.Normal(z_n.unsqueeze(-1), 1.0).to_event(1), obs=batch.x_ng)
@@ -113,7 +170,9 @@ def test_a_pair_that_looks_at_values_is_refused_and_trains_on(batch, how):
         with pytest.raises(NotTraceableError):
             TracedStep(pair, batch, {})
         steps = Engine(pair, compile=True, n_steps=10)
-        with pytest.warns(UserWarning, match="without a compiled step"):
+        lines, first = inspect.getsourcelines(Reads.forward)
+        at = first + next(i for i, line in enumerate(lines) if line.strip().endswith(f"# {how}"))
+        with pytest.warns(UserWarning, match=f"without a compiled step: .*, at .*test_engine.py:{at}: scale"):
             terms = steps.gradients(batch, {})
     assert set(terms) == {"z", "x"} and pair.guide.loc.grad is not None
 
@@ -127,9 +186,8 @@ def test_a_wrong_graph_is_found_before_it_is_used(build, batch, monkeypatch):
     with pyro.validation_enabled(False):
         steps.gradients(batch, {})
         frozen = batch.x_ng.clone()
-        steps.traced.run = lambda *inputs: steps.traced.graph(
-            *(frozen if i is later.x_ng else i for i in inputs)
-        )
+        traced = steps.graphs[0].traced
+        traced.run = lambda *inputs: traced.graph(*(frozen if i is later.x_ng else i for i in inputs))
         later = batch._replace(x_ng=batch.x_ng + 3)
         with pytest.warns(UserWarning, match="gradients differ"):
             steps.gradients(later, {})
@@ -141,26 +199,51 @@ def test_a_wrong_graph_is_found_before_it_is_used(build, batch, monkeypatch):
 
 def test_stages_too_short_to_repay_are_left_alone(build, batch, monkeypatch):
     monkeypatch.setattr(engine, "TracedStep", None)
+    monkeypatch.setattr(engine, "STEP_SECONDS", 0.1)  # 0.1 + 12 cells x 6 genes x 0.01 = 0.82 s a step
+    monkeypatch.setattr(engine, "VALUE_SECONDS", 0.01)
+    monkeypatch.setattr(engine, "REPAYS_SECONDS", 82.01)
     pair = Pair(*build())
-    for asked, n_steps in ((None, engine.REPAYS - 1), (False, 10**9)):
+    with pytest.raises(TypeError):
+        Engine(pair, None, 101).gradients(batch, {})
+    for asked, n_steps in ((None, 100), (False, 10**9)):
         assert Engine(pair, asked, n_steps).gradients(batch, {}).keys() >= {"x", "z"}
 
 
 @pytest.mark.parametrize(("age", "first"), [(0, 3), (3, 3), (10, 10)])
 def test_the_graph_takes_over_at_its_step(build, batch, monkeypatch, age, first):
     """A resumed run has steps behind it."""
-    monkeypatch.setattr(engine, "SWITCH_AFTER", 3)
+    monkeypatch.setattr(engine, "STEP_SECONDS", 8.0)
+    monkeypatch.setattr(engine, "COMPILE_SECONDS", 24.0)
     monkeypatch.setattr(TracedStep, "compile", lambda self, *_: None)
     taken: list[int] = []
     call = TracedStep.__call__
     monkeypatch.setattr(TracedStep, "__call__", lambda self, *a: taken.append(steps.age) or call(self, *a))
     pair = Pair(*build())
     pair.train(True)
-    steps = Engine(pair, None, engine.REPAYS, age=age)
+    steps = Engine(pair, None, 10, age=age)
     with pyro.validation_enabled(False):
         for _ in range(6):
             steps.gradients(batch, {})
     assert sorted(set(taken)) == list(range(first, age + 7))
+
+
+def test_minibatches_of_two_sizes_are_both_compiled(build, batch, monkeypatch):
+    """Those of an epoch differ by one cell; a third size is taken eagerly."""
+    monkeypatch.setattr(TracedStep, "compile", lambda self, *_: None)
+    taken: list[int] = []
+    call = TracedStep.__call__
+    monkeypatch.setattr(
+        TracedStep, "__call__", lambda self, b, w: taken.append(b.n_cells) or call(self, b, w)
+    )
+    pair = Pair(*build())
+    pair.train(True)
+    steps = Engine(pair, compile=True, n_steps=10)
+    sizes = [Batch(*(f[:n] if isinstance(f, torch.Tensor) else f for f in batch)) for n in (12, 11, 5)]
+    with pyro.validation_enabled(False):
+        for _ in range(3):
+            for some in sizes:
+                steps.gradients(some, {})
+    assert set(taken) == {12, 11}
 
 
 def test_compiled_training_is_the_eager_training(tiny_screen, quick):

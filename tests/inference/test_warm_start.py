@@ -160,7 +160,7 @@ def test_a_mechanism_is_read_off_by_regression():
 
 
 def test_mechanisms_are_those_of_the_programmes_not_of_their_posterior_means():
-    """Where x says little, means are pulled towards 0 under every perturbation: no mechanism makes them so."""
+    """Where x says little, means are pulled together under every perturbation: that is no mechanism."""
     rng = np.random.default_rng(0)
     variance_k = np.array([0.0, 0.6, 0.5])  # of the posterior
     z_nk = rng.normal(size=(12000, 3))
