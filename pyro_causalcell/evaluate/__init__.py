@@ -25,6 +25,7 @@ from pyro_causalcell.evaluate.idata import to_inference_data
 from pyro_causalcell.evaluate.identifiability import (
     Rank,
     alignment,
+    mixing,
     numerical_rank,
     perturbation_auc,
     seed_agreement,
@@ -136,6 +137,7 @@ __all__ = [
     "matching",
     "measured_trajectories",
     "median_distance",
+    "mixing",
     "mmd",
     "numerical_rank",
     "other_genes",

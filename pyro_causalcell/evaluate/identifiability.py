@@ -13,8 +13,9 @@ import xarray as xr
 from numpy.typing import NDArray
 from pyro import poutine
 from sklearn.linear_model import Lasso, LinearRegression, LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, silhouette_score
 from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
+from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
@@ -38,6 +39,8 @@ from pyro_causalcell.predict.cells import seeded
 __all__ = [
     "Rank",
     "alignment",
+    "latent_blocks",
+    "mixing",
     "numerical_rank",
     "perturbation_auc",
     "seed_agreement",
@@ -99,7 +102,7 @@ def seed_agreement(
         DataError: There are fewer than two runs, blocks or cells differ, or fits come without a screen.
     """
     _check_several(runs)
-    latents = [_blocks(run, screen, rows) for run in runs]
+    latents = [latent_blocks(run, screen, rows) for run in runs]
     names = list(latents[0])
     if any(list(blocks) != names for blocks in latents):
         raise DataError(
@@ -250,7 +253,7 @@ def alignment(
             unknown.
     """
     rows = np.arange(screen.n_cells) if rows is None else np.asarray(rows)
-    blocks = _blocks(run, screen, rows)
+    blocks = latent_blocks(run, screen, rows)
     if block is None and len(blocks) > 1 or block is not None and block not in blocks:
         raise DataError(f"expected block= to be one of {list(blocks)}, found {block!r}.")
     z_nk = np.asarray(blocks[next(iter(blocks)) if block is None else block], dtype=np.float64)
@@ -307,6 +310,46 @@ def perturbation_auc(z_nk: NDArray[Any], label_n: NDArray[Any], *, seed: int = 0
     return float(np.mean(areas))
 
 
+def mixing(
+    blocks: Mapping[str, NDArray[Any]], label_n: NDArray[Any], *, n_neighbours: int = 15, seed: int = 0
+) -> pd.DataFrame:
+    """How well cells of different perturbations mix in each block of latents.
+
+    An invariant block should mix them, a responsive one should not. No number alone is proof: latents that
+    say nothing of a cell mix perfectly.
+
+    Args:
+        blocks: Name -> latents of the same cells, which trained nothing.
+        label_n: Their conditions, at least five cells of each.
+        n_neighbours: Neighbours of a cell that are looked at.
+        seed: Seed of the classifier's folds.
+
+    Returns:
+        One row a block: ``auc``, as :func:`perturbation_auc` (.5: mixed); ``silhouette``, the mean silhouette
+        of the conditions (0 or below: mixed, 1: apart); ``neighbours``, the share of nearest neighbours of
+        the same condition, over the share that chance gives (1: mixed). Latents are divided by their
+        standard deviation.
+
+    Raises:
+        DataError: As :func:`perturbation_auc`; or there are not more cells than neighbours.
+
+    Source: Rousseeuw, J. Comput. Appl. Math. 1987 (silhouette); the share of neighbours follows the idea of
+    kBET, Büttner et al., Nat. Methods 2019.
+    """
+    labels, code_n, sizes = np.unique(label_n, return_inverse=True, return_counts=True)
+    if len(code_n) <= n_neighbours:
+        raise DataError(f"expected more than {n_neighbours} cells, found {len(code_n)}; lower n_neighbours=.")
+    by_chance = float((sizes * (sizes - 1)).sum() / (len(code_n) * (len(code_n) - 1)))
+    rows = []
+    for name, z_nk in blocks.items():
+        scaled_nk = StandardScaler().fit_transform(z_nk)
+        nearest = NearestNeighbors(n_neighbors=n_neighbours).fit(scaled_nk).kneighbors(return_distance=False)
+        same = float((code_n[nearest] == code_n[:, None]).mean())
+        auc = perturbation_auc(np.asarray(z_nk), label_n, seed=seed)
+        rows.append((name, auc, float(silhouette_score(scaled_nk, code_n)), same / by_chance))
+    return pd.DataFrame(rows, columns=["block", "auc", "silhouette", "neighbours"])
+
+
 def _check_several(runs: Sequence[object]) -> None:
     if len(runs) < 2:
         raise DataError(
@@ -314,7 +357,7 @@ def _check_several(runs: Sequence[object]) -> None:
         )
 
 
-def _blocks(run: Run, screen: Screen | None, rows: NDArray[np.int64] | None) -> dict[str, NDArray[Any]]:
+def latent_blocks(run: Run, screen: Screen | None, rows: NDArray[np.int64] | None) -> dict[str, NDArray[Any]]:
     """Latents of the cells by block: posterior means of a fit, or what was given."""
     if isinstance(run, Mapping):
         return dict(run)

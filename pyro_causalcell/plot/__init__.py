@@ -1,5 +1,6 @@
 """Figures: functions of tables and arrays that return a matplotlib Figure and change no global state."""
 
+from pyro_causalcell.plot.blocks import block_maps
 from pyro_causalcell.plot.calibration import coverage, pit, predictive_statistics, risk_coverage, sbc_ranks
 from pyro_causalcell.plot.checks import pareto_k, predictive_checks, reliability
 from pyro_causalcell.plot.comparison import calibrated_scores, compare_methods, study_table
@@ -18,6 +19,7 @@ from pyro_causalcell.plot.training import training_curve
 __all__ = [
     "DIVERGING",
     "OKABE_ITO",
+    "block_maps",
     "calibrated_scores",
     "compare_methods",
     "coverage",

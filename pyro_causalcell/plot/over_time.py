@@ -24,10 +24,12 @@ from pyro_causalcell.plot.style import (
     GREEN,
     GREY,
     ORANGE,
+    OTHERS,
     PURPLE,
     SKY,
     VERMILLION,
     axes_grid,
+    furthest,
     new_figure,
     style,
 )
@@ -59,7 +61,6 @@ _MARKERS = ("o", "s", "D", "^", "P", "X")
 _DASHES = ("-", "--", "-.")
 _TIMES = ListedColormap(colormaps["viridis_r"](np.linspace(0.1, 1, 256)))  # without the palest yellow
 _OF_CONTROL = Look(BLACK, "v", ":")
-_OTHERS = "#B9BDC4"
 MOST_COURSES = len(_COLOURS) * len(_DASHES)
 """Perturbations that one figure can tell apart."""
 _FLAT: dict[str, Any] = {"linewidths": 0, "rasterized": True}
@@ -335,7 +336,7 @@ def time_embedding(
         )
     pca = PCA(2, random_state=seed)
     xy_n2 = pca.fit_transform(z)
-    named = _furthest(xy_n2, names, min(n_named, MOST_COURSES))
+    named = furthest(xy_n2, names, min(n_named, MOST_COURSES))
     looks = {name: _look(i) for i, name in enumerate(named)}
     if CONTROL in names:
         looks[CONTROL] = _OF_CONTROL
@@ -344,11 +345,11 @@ def time_embedding(
         figure = new_figure(8.4, 3.9)
         left, right = figure.subplots(1, 2, sharex=True, sharey=True)
         colours = {name: look.colour for name, look in looks.items() if name != CONTROL}
-        left.scatter(*xy_n2[drawn].T, c=[colours.get(name, _OTHERS) for name in names[drawn]], **_DOTS)
+        left.scatter(*xy_n2[drawn].T, c=[colours.get(name, OTHERS) for name in names[drawn]], **_DOTS)
         for name, look in looks.items():
             _mean_course(left, xy_n2[names == name], times[names == name], look)
         handles = [look.line(name, markersize=5) for name, look in looks.items()]
-        handles.append(Line2D([], [], color=_OTHERS, marker="o", linestyle="none", label="other cells"))
+        handles.append(Line2D([], [], color=OTHERS, marker="o", linestyle="none", label="other cells"))
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
         shown = right.scatter(*xy_n2[drawn].T, c=times[drawn], cmap=_TIMES, **_DOTS)
         few = np.unique(times) if len(np.unique(times)) < 9 else None
@@ -363,14 +364,6 @@ def time_embedding(
             ax.set_xlabel(f"first component ({share[0]:.0%} of variance)")
         left.set_ylabel(f"second component ({share[1]:.0%})")
     return figure
-
-
-def _furthest(xy_n2: Floats, names: NDArray[np.str_], n: int) -> list[str]:
-    """The perturbations whose mean is furthest from control's, or from that of all cells without control."""
-    is_control = names == CONTROL
-    origin = xy_n2[is_control].mean(0) if is_control.any() else xy_n2.mean(0)
-    perturbed = [str(name) for name in np.unique(names) if name != CONTROL]
-    return sorted(perturbed, key=lambda name: -np.linalg.norm(xy_n2[names == name].mean(0) - origin))[:n]
 
 
 def _mean_course(ax: Axes, xy_n2: Floats, time_n: Floats, look: Look) -> None:

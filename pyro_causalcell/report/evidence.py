@@ -15,6 +15,7 @@ from pyro_causalcell.evaluate.audit import Audit, audit
 from pyro_causalcell.evaluate.calibration import Calibration, calibration
 from pyro_causalcell.evaluate.checks import OF_COUNTS, OF_NORMALISED, check
 from pyro_causalcell.evaluate.draws import draw_globals, replicates
+from pyro_causalcell.evaluate.identifiability import latent_blocks, mixing
 from pyro_causalcell.evaluate.interpret import classify_doubles, doubles_of, enrichment, programme_signatures
 from pyro_causalcell.evaluate.likelihood import iw_nll
 from pyro_causalcell.inference import Fit
@@ -22,7 +23,7 @@ from pyro_causalcell.predict import effects, graph, programme_names
 from pyro_causalcell.report.over_time import OverTime, follows_cells, gather_over_time
 from pyro_causalcell.report.replicates import Moments
 
-__all__ = ["ALL_CELLS", "Cells", "Evidence", "control_rows", "gather", "scored_means"]
+__all__ = ["ALL_CELLS", "Blocks", "Cells", "Evidence", "control_rows", "gather", "scored_means"]
 
 INTERVAL = 0.9
 ALL_CELLS = "all cells"
@@ -30,6 +31,8 @@ ALL_CELLS = "all cells"
 _CHECKED = 2000  # cells of the predictive checks: more do not change the picture
 _CALIBRATED = 1000  # cells whose intervals are measured: a class's coverage is then known to half a point
 _WEIGHED = 500  # cells of the importance-weighted likelihood, the slowest part
+_MIXED = 3000  # cells whose neighbours are looked at
+_CLASSIFIED = 10  # of them a condition needs to be told from others
 _REPLICATES = 50  # p-values in steps of 2 %
 _DRAWS = 100  # of each cell, for its intervals
 _MANY = 20  # held-out cells a condition needs before its mean is worth predicting
@@ -66,6 +69,23 @@ class Cells:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Programmes of some cells by block, and how well each block mixes perturbations.
+
+    Attributes:
+        parts: Name of a block -> programmes, the responsive one last.
+        conditions: Condition of each cell.
+        table: What ``evaluate.mixing`` returns.
+        cells: Which cells.
+    """
+
+    parts: dict[str, NDArray[np.float64]]
+    conditions: NDArray[np.str_]
+    table: pd.DataFrame
+    cells: Cells
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What was computed from a fit for its page.
 
@@ -89,6 +109,8 @@ class Evidence:
         likelihood: nll, pareto_k, ess and mc_se of each.
         n_particles: Draws per cell of the likelihood.
         over_time: Responses over time; None for models that do not follow cells over time.
+        blocks: Invariant and responsive programmes of held-out cells; None for models without an invariant
+            block, and for those over time, where time moves both.
     """
 
     graph: pd.DataFrame
@@ -109,6 +131,7 @@ class Evidence:
     likelihood: xr.Dataset
     n_particles: int
     over_time: OverTime | None
+    blocks: Blocks | None
 
 
 def gather(
@@ -160,7 +183,25 @@ def gather(
         likelihood=iw_nll(fit, screen, weighed.rows, n_particles=n_particles, seed=seed),
         n_particles=n_particles,
         over_time=_over_time(fit, screen, edges, likely, held_out, seed),
+        blocks=_blocks(fit, screen, held_out, seed),
     )
+
+
+def _blocks(fit: Fit, screen: Screen, held_out: Cells, seed: int) -> Blocks | None:
+    """Two blocks of programmes, of conditions with cells enough to look for them."""
+    if not hasattr(fit.model, "n_invariant") or follows_cells(fit):
+        return None
+    code_n = screen.condition_n[held_out.rows]
+    known = held_out.rows[code_n >= 0]
+    kept = Cells(known, held_out.words).sample(_MIXED, seed)
+    code_n = screen.condition_n[kept.rows]
+    enough_n = np.bincount(code_n)[code_n] >= _CLASSIFIED
+    rows, code_n = kept.rows[enough_n], code_n[enough_n]
+    if len(np.unique(code_n)) < 2:
+        return None
+    names = np.array(screen.conditions)[code_n]
+    parts = {site.removeprefix("z_"): z_nk for site, z_nk in latent_blocks(fit, screen, rows).items()}
+    return Blocks(parts, names, mixing(parts, names, seed=seed), Cells(rows, kept.words))
 
 
 def _over_time(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import NDArray
 
 from pyro_causalcell import plot
 from pyro_causalcell.baselines import Comparison, average_conditions
@@ -16,6 +17,7 @@ from pyro_causalcell.report.summary import decimals, dispersion_sentence, join, 
 
 __all__ = [
     "audit_section",
+    "blocks_section",
     "calibration_section",
     "checks_section",
     "comparison_section",
@@ -234,6 +236,41 @@ def doubles_section(table: pd.DataFrame) -> str:
     rows = table.drop(columns=["first", "second"]).rename(columns=columns)
     numbers = html.table(rows, {columns[name]: write for name, write in formats.items()})
     return body + html.paragraph(read, "note") + html.details("All doubles in numbers", numbers)
+
+
+def blocks_section(
+    blocks: Mapping[str, NDArray[np.float64]], conditions: Sequence[str], table: pd.DataFrame, cells: str
+) -> str:
+    """Whether the invariant block mixes perturbations.
+
+    Args:
+        blocks: Name -> programmes of some cells, the responsive block last.
+        conditions: Their conditions.
+        table: What ``evaluate.mixing`` returns.
+        cells: What the cells are, in words.
+    """
+    text = (
+        "The invariant programmes should be the same under every perturbation, the responsive ones should "
+        f"not. Measured on {cells}. Classifier: the area under the ROC curve of telling a cell's "
+        "perturbation from a block; 0.5 is not at all. Silhouette: 0 or below is mixed. Neighbours: how "
+        "often a cell's nearest neighbours carry its own perturbation, as a multiple of chance; 1 is mixed. "
+        "A block that says nothing of a cell mixes perfectly, so look at both; and responsive programmes "
+        "are told apart the better for being inferred with the perturbation known."
+    )
+    sentences = [
+        f"{row.block.capitalize()} programmes: classifier {row.auc:.2f}, silhouette {row.silhouette:.2f}, "
+        f"neighbours {row.neighbours:.1f} times chance."
+        for row in table.itertuples()
+    ]
+    caption = (
+        "The same cells by each block (t-SNE, which shows neighbours and not distances). In colour: the "
+        "perturbations whose responsive programmes are furthest from control's."
+    )
+    return (
+        html.paragraph(text)
+        + html.items(sentences)
+        + html.figure(plot.block_maps(blocks, conditions), caption)
+    )
 
 
 def _kinds(table: pd.DataFrame) -> list[str]:

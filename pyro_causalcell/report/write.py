@@ -19,7 +19,7 @@ from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.fitted import atomic_write
 from pyro_causalcell.report import html
 from pyro_causalcell.report import sections as parts
-from pyro_causalcell.report.evidence import ALL_CELLS, INTERVAL, Evidence, control_rows, gather
+from pyro_causalcell.report.evidence import ALL_CELLS, INTERVAL, Blocks, Evidence, control_rows, gather
 from pyro_causalcell.report.over_time import (
     OverTime,
     effects_over_time_section,
@@ -114,6 +114,7 @@ def render(fit: Fit, screen: Screen, evidence: Evidence, ranks: Ranks | None = N
         "Perturbations and programmes": parts.graph_section(graph, over_time=over is not None),
         **({} if over is None else _over_time(over, graph, screen.is_counts)),
         "Genes of programmes": parts.programmes_section(evidence.signatures, graph, evidence.enrichment),
+        **({} if evidence.blocks is None else {"Blocks": _blocks(evidence.blocks)}),
         "Effects": parts.effects_section(
             evidence.effects, INTERVAL, controls=controls, when="" if over is None else _last(fit, over)
         ),
@@ -137,6 +138,10 @@ def render(fit: Fit, screen: Screen, evidence: Evidence, ranks: Ranks | None = N
     today = datetime.date.today().isoformat()
     footer = f"pyro_causalcell {pyro_causalcell.__version__}, {today}"
     return html.page(title, subtitle, sections, footer)
+
+
+def _blocks(blocks: Blocks) -> str:
+    return parts.blocks_section(blocks.parts, blocks.conditions, blocks.table, blocks.cells.words)
 
 
 def _over_time(over: OverTime, graph: pd.DataFrame, is_counts: bool) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import DataError, PredictionError
 from pyro_causalcell.evaluate import (
     alignment,
+    mixing,
     numerical_rank,
     perturbation_auc,
     seed_agreement,
@@ -242,3 +243,23 @@ def test_perturbation_auc_is_a_half_where_nothing_differs_and_one_where_all_does
 def test_perturbation_auc_needs_labels_with_cells():
     with pytest.raises(DataError, match="at least 5 cells"):
         perturbation_auc(np.zeros((9, 2)), np.array(["a"] * 6 + ["b"] * 3))
+
+
+def test_mixing_tells_a_block_that_feels_perturbations_from_one_that_does_not(rng):
+    label_n = np.repeat(["control", "a", "b"], [200, 100, 60])
+    noise_nk = rng.standard_normal((360, 4))
+    apart_nk = noise_nk + 9.0 * (label_n == "a")[:, None] - 9.0 * (label_n == "b")[:, None]
+    table = mixing({"invariant": noise_nk, "responsive": apart_nk}, label_n).set_index("block")
+    assert abs(table.loc["invariant", "auc"] - 0.5) < 0.08 and table.loc["responsive", "auc"] > 0.99
+    assert table.loc["invariant", "silhouette"] < 0.02 and table.loc["responsive", "silhouette"] > 0.6
+    assert table.loc["invariant", "neighbours"] == pytest.approx(1.0, abs=0.1)
+    # every neighbour is of the same condition; chance is the sum of n(n - 1) over all pairs
+    chance = (200 * 199 + 100 * 99 + 60 * 59) / (360 * 359)
+    assert table.loc["responsive", "neighbours"] == pytest.approx(1 / chance, rel=1e-9)
+    scaled = mixing({"responsive": 1e3 * apart_nk}, label_n)
+    assert scaled["silhouette"][0] == pytest.approx(table.loc["responsive", "silhouette"], rel=1e-6)
+
+
+def test_mixing_needs_more_cells_than_neighbours(rng):
+    with pytest.raises(DataError, match="more than 15 cells, found 12"):
+        mixing({"z": rng.standard_normal((12, 2))}, np.repeat(["a", "b"], 6))
