@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any, Literal, get_args
 
 import pyro.distributions as dist
@@ -38,6 +39,10 @@ LEAST_ROWS, MOST_ROWS = 32, 512
 short table is enough. It grows where many are."""
 AT_ONCE = 65_536
 """Values that are worked on together: what stays in the cache of one processor."""
+MANY_PARTICLES = 8
+"""Particles of a cell from which on it pays to score them relative to each other."""
+SUM_ERROR = 0.01
+"""Nats that the rounding of a cell's sums may reach before its genes are scored one by one."""
 
 
 class NegativeBinomial(dist.TorchDistribution):
@@ -48,7 +53,11 @@ class NegativeBinomial(dist.TorchDistribution):
     Three forms of the log-probability, equal up to rounding. One inverse dispersion per gene: the terms
     that depend on x and θ alone come from tables over counts, T[j, g] = Σ_{i<j} log(θ_g + i), which cost
     a fraction of ``lgamma`` and are not repeated over particles. Any other shape: ``lgamma``. In a step that
-    is being recorded: Stirling's series, whose operations are the same for any counts and fuse.
+    is being recorded, or trained on a GPU: Stirling's series, whose operations are the same for any counts,
+    fuse, and never wait for the GPU.
+
+    With its genes as one event (``to_event(1)``), many particles of a cell are scored relative to each other
+    where no gradient is wanted: one exponential and one logarithm for each value.
 
     Args:
         mean: Mean, any shape. Give either ``mean`` or ``log_mean``.
@@ -106,6 +115,83 @@ class NegativeBinomial(dist.TorchDistribution):
         result: Tensor = _NBLogProb.apply(value, self.inverse_dispersion, self.log_mean)
         return result
 
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> dist.TorchDistribution:
+        """The same with trailing dimensions as one event; None takes all of them."""
+        if reinterpreted_batch_ndims == 1:
+            return _CellOfGenes(self, 1)
+        return super().to_event(reinterpreted_batch_ndims)  # type: ignore[no-untyped-call]
+
+
+class _CellOfGenes(dist.Independent):
+    """Negative binomial counts of a cell's genes as one event."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log NB summed over genes, shape of the distribution."""
+        if not self._has_many_particles_of(value):
+            return super().log_prob(value)  # type: ignore[no-untyped-call]
+        nb = self.base_dist
+        if nb._validate_args:
+            nb._validate_sample(value)
+        x_ng = value.reshape(-1, value.shape[-1])
+        theta_ng = nb.inverse_dispersion.expand(value.shape).reshape(x_ng.shape)
+        log_mean_sng = nb.log_mean.reshape(-1, *x_ng.shape)
+        return _summed_over_genes(x_ng, theta_ng, log_mean_sng).view(self.batch_shape)
+
+    def _has_many_particles_of(self, value: Tensor) -> bool:
+        """Whether a gene of a cell has many means, but one count and θ, and nobody wants gradients."""
+        theta, log_mean = self.base_dist.inverse_dispersion, self.base_dist.log_mean
+        shape, n_particles = log_mean.shape, log_mean.numel() / max(1, value.numel())
+        if shape != self.base_dist.batch_shape or shape[len(shape) - value.dim() :] != value.shape:
+            return False
+        if theta.dim() > value.dim() or n_particles < MANY_PARTICLES or get_proxy_mode() is not None:
+            return False
+        return not (torch.is_grad_enabled() and (theta.requires_grad or log_mean.requires_grad))
+
+
+def _summed_over_genes(x_ng: Tensor, theta_ng: Tensor, log_mean_sng: Tensor) -> Tensor:
+    """Σ_g log NB, shape s, n: of the lowest mean m' of each cell's gene among its particles, and the change.
+
+    Cells whose sums could be rounded visibly, or overflow, are scored by the form that loses no digits.
+    """
+    counts_ng = _sparse_gamma_terms(x_ng, theta_ng)
+    lowest_ng = log_mean_sng.amin(0)
+    start_n = _with_mean(counts_ng, None, x_ng, theta_ng, lowest_ng, False)[0].sum(-1)
+    change_sn, rise_sn = _changes(x_ng, theta_ng, log_mean_sng, lowest_ng)
+    found_sn = start_n + change_sn
+    bound_sn = (2 * rise_sn - change_sn) * (torch.finfo(rise_sn.dtype).eps / 2)
+    uncertain = (~(bound_sn <= SUM_ERROR)).nonzero()
+    rows = 1 + (AT_ONCE if x_ng.device.type == "cpu" else log_mean_sng.numel()) // x_ng.shape[1]
+    for first in range(0, len(uncertain), rows):
+        s_m, n_m = uncertain[first : first + rows].unbind(1)
+        given = (x_ng[n_m], theta_ng[n_m], log_mean_sng[s_m, n_m])
+        found_sn[s_m, n_m] = _with_mean(counts_ng[n_m], None, *given, False)[0].sum(-1)
+    return found_sn
+
+
+def _changes(
+    x_ng: Tensor, theta_ng: Tensor, log_mean_sng: Tensor, lowest_ng: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Σ_g log NB(x; m) − log NB(x; m'), and the positive part of this difference, each s, n.
+
+    With d = log m − log m' ≥ 0 and b = m' / (m' + θ) it is x d − (x + θ) log(1 + b (exp d − 1)). In a few
+    cells and particles at a time, which stay in the cache of a processor.
+    """
+    n_particles, n_cells, n_genes = log_mean_sng.shape
+    share_ng, total_ng = torch.sigmoid(lowest_ng - theta_ng.log()), x_ng + theta_ng
+    change_sn, rise_sn = log_mean_sng.new_empty(2, n_particles, n_cells)
+    at_once = 4 * AT_ONCE if x_ng.device.type == "cpu" else log_mean_sng.numel()
+    s_at_once = min(n_particles, max(1, at_once // n_genes))
+    n_at_once = max(1, at_once // (n_genes * s_at_once))
+    for n, s in product(range(0, n_cells, n_at_once), range(0, n_particles, s_at_once)):
+        here = slice(n, n + n_at_once)
+        place = (slice(s, s + s_at_once), here)
+        gap_sng = log_mean_sng[place] - lowest_ng[here]
+        risen_sng = gap_sng * x_ng[here]
+        rise_sn[place] = risen_sng.sum(-1)
+        growth_sng = torch.addcmul(-share_ng[here], gap_sng.exp_(), share_ng[here], out=gap_sng).log1p_()
+        change_sn[place] = risen_sng.addcmul_(total_ng[here], growth_sng, value=-1).sum(-1)
+    return change_sn, rise_sn
+
 
 class _NBLogProb(torch.autograd.Function):
     """log NB with its gradients in θ and log mean, worked out together: autograd takes twice the passes."""
@@ -114,7 +200,7 @@ class _NBLogProb(torch.autograd.Function):
     def forward(ctx, x: Tensor, theta: Tensor, log_mean: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
         by_theta, wanted = ctx.needs_input_grad[1], any(ctx.needs_input_grad)
         per_gene = theta.dim() == 1 and x.dim() and x.shape[-1] == theta.shape[0]
-        if get_proxy_mode() is not None:
+        if _has_fixed_operations(x, wanted):
             found = _with_mean(*_series_terms(x, theta, by_theta), x, theta, log_mean, wanted)
         elif per_gene and log_mean.shape[-x.dim() :] == x.shape:
             found = _by_table(x, theta, log_mean, wanted, by_theta)
@@ -134,6 +220,11 @@ class _NBLogProb(torch.autograd.Function):
             by_theta = slopes - softplus(log_odds) - by_log_mean / theta
         theta_grad = (grad * by_theta).sum_to_size(theta.shape) if wanted[0] else None
         return None, theta_grad, (grad * by_log_mean).sum_to_size(log_mean.shape) if wanted[1] else None
+
+
+def _has_fixed_operations(x: Tensor, differentiable: bool) -> bool:
+    """Whether counts may not decide what is done: the step is recorded, or no GPU is to be waited for."""
+    return get_proxy_mode() is not None or (x.is_cuda and differentiable)
 
 
 def _with_mean(
@@ -172,6 +263,14 @@ def _gamma_terms(x: Tensor, theta: Tensor, wanted: bool) -> tuple[Tensor, Tensor
     terms = torch.lgamma(x + wide) - torch.lgamma(wide) - torch.lgamma(x + 1)
     slopes = torch.digamma(x + wide) - torch.digamma(wide) if wanted else None
     return terms.to(theta.dtype), None if slopes is None else slopes.to(theta.dtype)
+
+
+def _sparse_gamma_terms(x_ng: Tensor, theta_ng: Tensor) -> Tensor:
+    """The same without slopes; they are 0 where x is 0, as in most genes of a cell."""
+    terms_ng = torch.zeros_like(theta_ng)
+    place = x_ng.nonzero(as_tuple=True)
+    terms_ng[place] = _gamma_terms(x_ng[place], theta_ng[place], False)[0]
+    return terms_ng
 
 
 def _series_terms(x: Tensor, theta: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
@@ -643,7 +742,9 @@ def measurement(
     """
     if scale_g is not None:
         return dist.Normal(output_ng, scale_g)
-    log_mean_ng = library_n1.log() + output_ng.log_softmax(-1)
+    log_mean_ng = output_ng.log_softmax(-1)
+    in_place = not log_mean_ng.requires_grad  # one tensor of all particles less
+    log_mean_ng = log_mean_ng.add_(library_n1.log()) if in_place else log_mean_ng + library_n1.log()
     if theta_g is None:
         return dist.Poisson(log_mean_ng.exp())
     return NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_ng)

@@ -13,7 +13,6 @@ import torch
 import xarray as xr
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor
@@ -38,10 +37,13 @@ ROUND_PARTICLES = 500
 """Particles of one round of fitting."""
 PRIOR_PARTICLES = 20.0
 """Effective particles at which old and new moments weigh the same."""
-PARTICLES_AT_ONCE = 250
-"""Particles of a cell that are drawn together."""
-VALUES_AT_ONCE = 1_000_000
-"""Particles × cells × genes that each thread of a processor evaluates at once: what stays in its cache."""
+PARTICLES_AT_ONCE = 1000
+"""Particles of a cell that are drawn together, where they fit the budget."""
+SCORED_AT_ONCE = 250
+"""Particles of a cell that a processor scores together: they share the terms without particles."""
+VALUES_AT_ONCE = 4_000_000
+"""Particles × cells × genes that each thread of a processor scores at once: more leave its cache, with fewer
+the calls of the model cost more than the values."""
 BAD_SHARE = 0.01
 """Share of cells with bad Pareto k above which a model is not ranked."""
 ADVICE = "use more particles, more rounds (n_rounds) for the proposal, or a better guide"
@@ -98,7 +100,7 @@ def iw_nll(
     rows = np.arange(screen.n_cells) if rows is None else np.asarray(rows)
     fixed = global_means(fit)
     model, guide = (poutine.condition(m, data=fixed) for m in (fit.model, fit.guide))
-    n_chunk = _cells_per_chunk(screen.n_genes, n_particles, memory_budget_gb)
+    n_chunk = _cells_per_chunk(screen.n_genes, n_particles, fit.device, memory_budget_gb)
     batches = Minibatches(screen, rows, n_chunk, shuffle=False, device=fit.device)
     parts = []
     with torch.random.fork_rng(devices=[fit.device] if fit.device.type == "cuda" else []):
@@ -250,14 +252,16 @@ class Proposal:
         memory_budget_gb: float = 0.5,
     ):
         self.model, self.guide, self.model_batch, self.guide_batch = model, guide, model_batch, guide_batch
+        _keep_freed_memory()
         n_genes = 1 if model_batch.x_ng is None else model_batch.x_ng.shape[-1]
-        fitting = int(memory_budget_gb * 2**30 / (BYTES_PER_VALUE * model_batch.n_cells * n_genes))
-        self.step = max(1, min(PARTICLES_AT_ONCE, fitting))
-        at_once = VALUES_AT_ONCE * torch.get_num_threads()
+        at_once = _values_at_once(model_batch.u_np.device, memory_budget_gb)
         self.piece = max(1, at_once // (model_batch.n_cells * n_genes))
         sites = sample_sites(poutine.trace(guide).get_trace(guide_batch))
         local = [s for s in sites.values() if is_local(s) and not s["is_observed"]]
         self.widths = {s["name"]: s["fn"].event_shape[-1] for s in local}
+        fitting = int(memory_budget_gb * 2**30 / BYTES_PER_VALUE)
+        n_values = model_batch.n_cells * sum(self.widths.values()) ** 2  # of the Student's covariance
+        self.step = max(1, min(PARTICLES_AT_ONCE, fitting // n_values))
         self.loc_nk = torch.cat([s["fn"].mean for s in local], -1)
         self.cov_nkk = torch.diag_embed(torch.cat([s["fn"].variance for s in local], -1))
         self.fitted = False
@@ -291,8 +295,10 @@ class Proposal:
     def _guided(self, n: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), pyro.validation_enabled(False):
             trace = poutine.trace(pyro.plate("particles", n, dim=-2)(self.guide)).get_trace(self.guide_batch)
+            sites = [site for site in sample_sites(trace).values() if is_local(site)]
+            log_q_sn = _total([site["fn"].log_prob(site["value"]) for site in sites])
             drawn = {name: trace.nodes[name]["value"] for name in self.widths}
-            log_weight_sn = self._log_joint(drawn, n) - _local_log_prob(trace)
+            log_weight_sn = self._log_joint(drawn, n) - log_q_sn
         return log_weight_sn, torch.cat(list(drawn.values()), -1)
 
     def _student(self, n: int) -> tuple[Tensor, Tensor]:
@@ -310,13 +316,12 @@ class Proposal:
 
     def _log_joint(self, drawn: dict[str, Tensor], n: int) -> Tensor:
         """log p(x, z_s | u) [s, n], some particles at a time."""
-        step = n if self.loc_nk.is_cuda else self.piece
         parts = []
-        for start in range(0, n, step):
-            some = {name: value[start : start + step] for name, value in drawn.items()}
-            model = poutine.condition(self.model, data=some)
-            plate = pyro.plate("particles", min(step, n - start), dim=-2)
-            parts.append(_local_log_prob(poutine.trace(plate(model)).get_trace(self.model_batch)))
+        for start in range(0, n, self.piece):
+            some = {name: value[start : start + self.piece] for name, value in drawn.items()}
+            with _CellScores(some) as scores, pyro.plate("particles", min(self.piece, n - start), dim=-2):
+                self.model(self.model_batch)
+            parts.append(_total(scores.terms))
         return torch.cat(parts)
 
 
@@ -337,9 +342,32 @@ class _ReplacePrior(Messenger):
             msg["fn"] = dist.Normal(self.loc_k, 1.0).to_event(1)
 
 
-def _local_log_prob(trace: Trace) -> Tensor:
-    """Sum over sites of the cells plate, shape s, n, without plate scales."""
-    terms = [s["fn"].log_prob(s["value"]) for s in sample_sites(trace).values() if is_local(s)]
+class _CellScores(Messenger):
+    """Give values to some latents and keep log p of the cells' sites, without plate scales.
+
+    A trace would also keep what lies between.
+
+    Args:
+        values: Site name -> value.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        super().__init__()
+        self.values = values
+        self.terms: list[Tensor] = []
+
+    def _pyro_sample(self, msg: Message) -> None:
+        value = self.values.get(str(msg["name"]))
+        if value is not None:
+            msg["value"], msg["done"] = value, True
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        if is_local(msg) and type(msg["fn"]).__name__ != "_Subsample":
+            self.terms.append(msg["fn"].log_prob(msg["value"]))
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    """Sum over sites, shape s, n."""
     return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
 
 
@@ -378,10 +406,26 @@ def _summary(chunks: Sequence[Tensor]) -> np.ndarray:
     return np.stack([nll_n, np.asarray(k_n), ess_n, se_n])
 
 
-def _cells_per_chunk(n_genes: int, n_particles: int, memory_budget_gb: float) -> int:
-    """Cells that, with a slab of particles, fit the budget."""
-    slab = min(n_particles, PARTICLES_AT_ONCE)
-    return max(1, min(4096, int(memory_budget_gb * 2**30 / (BYTES_PER_VALUE * n_genes * slab))))
+def _keep_freed_memory() -> None:
+    """Let blocks of memory of up to 30 MiB be used again.
+
+    The allocator of Linux (glibc) returns large blocks to the system as soon as they are freed, and pages
+    every tensor of the next particles in anew, which can take longer than to work them out. What counts as
+    large grows with the blocks that were freed before: one that nothing was written to is enough.
+    """
+    torch.empty(30 * 2**20, dtype=torch.uint8, device="cpu")
+
+
+def _values_at_once(device: torch.device, memory_budget_gb: float) -> int:
+    """Particles × cells × genes that are scored together: what fits the budget, and a processor's cache."""
+    fitting = int(memory_budget_gb * 2**30 / BYTES_PER_VALUE)
+    return min(fitting, VALUES_AT_ONCE * torch.get_num_threads()) if device.type == "cpu" else fitting
+
+
+def _cells_per_chunk(n_genes: int, n_particles: int, device: torch.device, memory_budget_gb: float) -> int:
+    """Cells that are scored together with enough particles of each."""
+    together = min(n_particles, SCORED_AT_ONCE if device.type == "cpu" else PARTICLES_AT_ONCE)
+    return max(1, min(4096, _values_at_once(device, memory_budget_gb) // (n_genes * together)))
 
 
 def _condition_names(screen: Screen, rows: np.ndarray) -> list[str]:
@@ -492,7 +536,7 @@ class _NewTarget:
 
     def score(self, screen: Screen, rows: np.ndarray, n_particles: int) -> np.ndarray:
         """Summary of the cells' importance weights, shape 4, n."""
-        n_chunk = _cells_per_chunk(screen.n_genes, n_particles, self.memory_budget_gb)
+        n_chunk = _cells_per_chunk(screen.n_genes, n_particles, self.fit.device, self.memory_budget_gb)
         batches = self.batches(screen, rows, n_chunk)
         chunks = (self._weights(batch, n_particles, self.n_rounds) for batch in batches)
         return np.concatenate([_summary([weights for weights, _ in c]) for c in chunks], 1)

@@ -141,7 +141,7 @@ def render(fit: Fit, screen: Screen, evidence: Evidence, ranks: Ranks | None = N
 
 
 def _blocks(blocks: Blocks) -> str:
-    return parts.blocks_section(blocks.parts, blocks.conditions, blocks.table, blocks.cells.words)
+    return parts.blocks_section(blocks.parts, blocks.conditions.tolist(), blocks.table, blocks.cells.words)
 
 
 def _over_time(over: OverTime, graph: pd.DataFrame, is_counts: bool) -> dict[str, str]:

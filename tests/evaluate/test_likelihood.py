@@ -7,12 +7,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule, PyroParam
 from torch.distributions import constraints
 
 from pyro_causalcell.data import Minibatches, Screen
-from pyro_causalcell.evaluate import iw_nll
+from pyro_causalcell.evaluate import iw_nll, likelihood
+from pyro_causalcell.evaluate.likelihood import Proposal
 from pyro_causalcell.inference import Fit, fit
+from pyro_causalcell.predict import global_means
 
 
 class Linear(PyroModule):
@@ -114,6 +117,45 @@ def test_memory_budget_changes_draws_and_nothing_else(linear, screen):
     tight = iw_nll(linear, screen, n_particles=1500, memory_budget_gb=1e-4)
     gap_n = (wide["nll"] - tight["nll"]).values / np.hypot(wide["mc_se"], tight["mc_se"]).values
     assert abs(gap_n.mean()) < 0.5 and gap_n.std() < 2
+
+
+@pytest.mark.parametrize("n_rounds", [0, 2])
+def test_particles_scored_together_do_not_matter(tiny_screen, monkeypatch, n_rounds):
+    """The same draws have the same weights, one by one, some at a time, and all at once."""
+    f = fit("sparse-shift", None, tiny_screen, gates="posterior", **SMALL)
+    fixed = global_means(f)
+    model, guide = (poutine.condition(m, data=fixed) for m in (f.model, f.guide))
+    batch = next(iter(Minibatches(tiny_screen, np.arange(6), 6, shuffle=False)))
+    found = []
+    for particles in (5, 40, 400):
+        monkeypatch.setattr(likelihood, "VALUES_AT_ONCE", particles * 6 * tiny_screen.n_genes)
+        torch.manual_seed(0)
+        proposal = Proposal(model, guide, batch, batch)
+        proposal.fit(n_rounds)
+        assert proposal.piece == particles * torch.get_num_threads()
+        found.append(torch.cat([weight_sn for weight_sn, _ in proposal.particles(300)]))
+    assert found[0].shape == (300, 6)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=2e-3)
+
+
+def test_particles_that_are_drawn_together_fit_the_budget(tiny_screen):
+    """By hand: 600 values hold 25 draws of 6 cells with 2 × 2 covariances."""
+    f = fit("sparse-shift", None, tiny_screen, gates="closed", **SMALL)
+    batch = next(iter(Minibatches(tiny_screen, np.arange(6), 6, shuffle=False)))
+    assert Proposal(f.model, f.guide, batch, batch, memory_budget_gb=24 * 600 / 2**30).step == 25
+    assert Proposal(f.model, f.guide, batch, batch).step == 1000
+
+
+def test_cells_that_are_scored_together(monkeypatch):
+    """By hand: a cache of 4000 values on one thread holds 250 particles of 10 genes of one cell."""
+    monkeypatch.setattr(likelihood, "VALUES_AT_ONCE", 4000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert likelihood._cells_per_chunk(10, 5000, cpu, 0.5) == 1
+    assert likelihood._cells_per_chunk(10, 20, cpu, 0.5) == 20
+    assert likelihood._cells_per_chunk(10, 20, cpu, 24 * 600 / 2**30) == 3  # the budget holds 600 values
+    assert likelihood._cells_per_chunk(10, 20, gpu, 24 * 40_000 / 2**30) == 200  # no cache to respect
 
 
 def test_seed_and_outer_stream(linear, screen):

@@ -1,6 +1,7 @@
 """The distributions against high precision, torch's own, enumeration and sampled moments."""
 
 import itertools
+from types import SimpleNamespace
 
 import mpmath
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 from torch.distributions import kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_causalcell import distributions
 from pyro_causalcell.distributions import (
@@ -178,6 +180,126 @@ def test_nb_does_not_depend_on_how_many_values_are_worked_on_together(monkeypatc
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+def _many_particles(depth: float, theta: float, spread: float) -> tuple[torch.Tensor, ...]:
+    """Counts of 3 cells, their θ, and log means of 40 particles of each, of 300 genes."""
+    torch.manual_seed(0)
+    theta_g = theta * torch.exp(0.5 * torch.randn(300))
+    log_mean_g = np.log(depth) + (2 * torch.randn(300)).log_softmax(-1)
+    x_ng = NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_g.expand(3, -1)).sample()
+    return x_ng, theta_g, log_mean_g + spread * torch.randn(40, 3, 300)
+
+
+def _gene_by_gene(x: torch.Tensor, theta: torch.Tensor, log_mean: torch.Tensor) -> torch.Tensor:
+    """The sum over genes in double precision."""
+    nb = NegativeBinomial(inverse_dispersion=theta.double(), log_mean=log_mean.double())
+    return nb.log_prob(x.double()).sum(-1)
+
+
+def _count_exact_calls(monkeypatch) -> list[tuple[int, ...]]:
+    """Shapes of the log means that are scored gene by gene."""
+    shapes = []
+    with_mean = distributions._with_mean
+
+    def spy(counts, slopes, x, theta, log_mean, wanted):
+        shapes.append(tuple(log_mean.shape))
+        return with_mean(counts, slopes, x, theta, log_mean, wanted)
+
+    monkeypatch.setattr(distributions, "_with_mean", spy)
+    return shapes
+
+
+@pytest.mark.parametrize("depth", [300.0, 10_000.0, 50_000.0])
+@pytest.mark.parametrize("theta", [0.01, 5.0, 1e4])
+@pytest.mark.parametrize("spread", [0.1, 0.5])
+def test_nb_particles_are_scored_relative_to_each_other(monkeypatch, depth, theta, spread):
+    x_ng, theta_g, log_mean_sng = _many_particles(depth, theta, spread)
+    expected_sn = _gene_by_gene(x_ng, theta_g, log_mean_sng)
+    shapes = _count_exact_calls(monkeypatch)
+    found_sn = NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_sng).to_event(1).log_prob(x_ng)
+    torch.testing.assert_close(found_sn.double(), expected_sn, rtol=0, atol=0.01)
+    assert shapes[0] == (3, 300) and sum(n for n, _ in shapes[1:]) <= 12  # the lowest means, a tenth of 120
+
+
+def test_nb_particles_far_apart_keep_their_digits(monkeypatch):
+    """Sums that would be rounded by nats, and ratios of means that overflow, take the form gene by gene."""
+    pairs = list(itertools.product(COUNTS, THETAS))
+    x_1g = torch.tensor([[float(x) for x, _ in pairs]])
+    theta_g = torch.tensor([theta for _, theta in pairs])
+    log_mean_s = torch.cat([torch.tensor(MEANS).log(), torch.tensor([-100.0, -40.0, 0.5, 30.0, 60.0])])
+    log_mean_s1g = log_mean_s.view(-1, 1, 1).expand(-1, 1, len(pairs))
+    shapes = _count_exact_calls(monkeypatch)
+    nb = NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_s1g).to_event(1)
+    found_s1 = nb.log_prob(x_1g)
+    assert shapes[0] == (1, len(pairs)) and sum(n for n, _ in shapes[1:]) >= 9
+    expected_s1 = _gene_by_gene(x_1g, theta_g, log_mean_s1g)
+    torch.testing.assert_close(found_s1.double(), expected_s1, rtol=2e-6, atol=0.01)
+
+
+@pytest.mark.parametrize("at_once", [1, 1000, 100_000])
+def test_nb_particles_do_not_depend_on_how_many_are_worked_on_together(monkeypatch, at_once):
+    x_ng, theta_g, log_mean_sng = _many_particles(1e6, 1.0, 0.3)  # deep: some are scored gene by gene
+    expected_sn = _gene_by_gene(x_ng, theta_g, log_mean_sng)
+    monkeypatch.setattr(distributions, "AT_ONCE", at_once)
+    nb = NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_sng).to_event(1)
+    torch.testing.assert_close(nb.log_prob(x_ng).double(), expected_sn, rtol=0, atol=0.02)
+
+
+def test_nb_particles_of_any_shape():
+    x_ng, theta_g, log_mean_sng = _many_particles(300.0, 2.0, 0.2)
+    x_ng, theta_g, log_mean_sng = x_ng[:, :7], theta_g[:7], log_mean_sng[..., :7]
+    expected_sn = _gene_by_gene(x_ng, theta_g, log_mean_sng).float()
+    for theta in (theta_g, theta_g.unsqueeze(0), theta_g.expand(3, -1)):
+        nb = NegativeBinomial(inverse_dispersion=theta, log_mean=log_mean_sng)
+        torch.testing.assert_close(nb.to_event(1).log_prob(x_ng), expected_sn)
+    nb = NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_sng.view(5, 8, 3, 7))
+    torch.testing.assert_close(nb.to_event(1).log_prob(x_ng), expected_sn.view(5, 8, 3))
+    torch.testing.assert_close(nb.to_event().log_prob(x_ng), expected_sn.sum())
+    one = NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_sng[:, 0]).to_event(1)
+    torch.testing.assert_close(one.log_prob(x_ng[0]), expected_sn[:, 0])
+    expanded = one.expand(torch.Size((3, 40)))
+    assert expanded.batch_shape == (3, 40) and expanded.event_shape == (7,)
+    torch.testing.assert_close(expanded.log_prob(x_ng[0]), expected_sn[:, 0].expand(3, -1))
+
+
+def test_nb_particles_keep_their_gradient_and_their_validation():
+    x_ng, theta_g, log_mean_sng = _many_particles(300.0, 2.0, 0.2)
+    grads = []
+    for in_one_event in (True, False):
+        theta, log_mean = theta_g.clone().requires_grad_(), log_mean_sng.clone().requires_grad_()
+        nb = NegativeBinomial(inverse_dispersion=theta, log_mean=log_mean)
+        log_prob = nb.to_event(1).log_prob(x_ng) if in_one_event else nb.log_prob(x_ng).sum(-1)
+        grads.append(torch.autograd.grad(log_prob.square().sum(), [theta, log_mean]))
+    for event, single in zip(*grads, strict=True):
+        torch.testing.assert_close(event, single)
+    nb = NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_sng, validate_args=True).to_event(1)
+    with pytest.raises(ValueError, match="support"):
+        nb.log_prob(x_ng - 0.5)
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuse what makes a processor wait for what a GPU has worked out."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in {"nonzero", "_local_scalar_dense", "item", "masked_select"}
+        return func(*args, **(kwargs or {}))
+
+
+def test_nb_is_trained_on_a_gpu_without_waiting_for_it(monkeypatch):
+    counts = SimpleNamespace(is_cuda=True)
+    assert distributions._has_fixed_operations(counts, differentiable=True)
+    assert not distributions._has_fixed_operations(counts, differentiable=False)
+    assert not distributions._has_fixed_operations(torch.ones(1), differentiable=True)
+    x_ng, theta_g = torch.tensor([[0.0, 700.0], [3.0, 1.0]]), torch.tensor([0.5, 4.0], requires_grad=True)
+    log_mean_ng = torch.zeros(2, 2, requires_grad=True)
+    nb = NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_ng, validate_args=False).to_event(1)
+    with _NoWaiting(), pytest.raises(AssertionError):
+        nb.log_prob(x_ng)  # on a processor, counts beyond the table are looked for
+    monkeypatch.setattr(distributions, "_has_fixed_operations", lambda *given: True)
+    with _NoWaiting():
+        nb.log_prob(x_ng).sum().backward()
+    assert bool(theta_g.grad.isfinite().all()) and bool(log_mean_ng.grad.isfinite().all())
+
+
 def test_nb_moments_of_draws():
     torch.manual_seed(0)
     mean_g, theta_g = torch.tensor([0.5, 8.0, 300.0]), torch.tensor([0.3, 2.0, 50.0])
@@ -310,6 +432,8 @@ def test_measurements_around_a_decoder():
         x = measurement(output_ng, library_n1, theta_g, scale_g)
         assert isinstance(x, kind)
         torch.testing.assert_close(x.mean, 40 * output_ng.softmax(-1))
+        learned = measurement(output_ng.clone().requires_grad_(), library_n1, theta_g, scale_g)
+        assert torch.equal(learned.mean, x.mean) and learned.mean.requires_grad
     _, scale_g = spread("gaussian", 3)
     x = measurement(output_ng, library_n1, None, scale_g.init_value)
     torch.testing.assert_close(x.mean, output_ng)
