@@ -1,7 +1,7 @@
 """Step time of the engines of ``fit`` and of stock Pyro, as a share of a step written by hand in torch.
 
 One training step is the loss, its gradients, clipping and one fused Adam step. Six engines take it on
-the same pair (``SparseShift`` and ``SparseShiftGuide`` with their defaults) and the same minibatch:
+the same pair, with its defaults, and the same minibatch. ``--model`` takes another pair than sparse shift:
 
 * hand-written: eager torch, analytic KLs, the exact expectation over gates, the likelihood by ``lgamma``;
 * by-torch: the same by ``torch.compile``, with the likelihood of a recorded step;
@@ -20,34 +20,43 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from handwritten import hand_written
+from handwritten import sparse_shift, temporal_scm, weight_variant_scm
 from pyro.infer import SVI, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.guides.sparse_shift import SparseShiftGuide
+from pyro_causalcell.guides.temporal_scm import TemporalSCMGuide
+from pyro_causalcell.guides.weight_variant_scm import WeightVariantSCMGuide
 from pyro_causalcell.inference import elbo_terms
-from pyro_causalcell.inference.engine import TOLERANCE, TracedStep
+from pyro_causalcell.inference.engine import TOLERANCE, NotTraceableError, TracedStep
 from pyro_causalcell.inference.pair import Pair
 from pyro_causalcell.models.sparse_shift import SparseShift
+from pyro_causalcell.models.temporal_scm import TemporalSCM
+from pyro_causalcell.models.weight_variant_scm import WeightVariantSCM
 
 CLIP = 100.0
 """Largest gradient norm: the default of ``fit``."""
 ROUNDING = 1e-8
 """Largest difference of loss and gradients in double precision, as a share of the largest gradient."""
 
-Loss = Callable[[SparseShift, SparseShiftGuide, Batch], Tensor]
+TIMES = (0.0, 1.0, 2.0, 3.0)
+"""Snapshots, for pairs that follow cells over time."""
+
+Loss = Callable[[nn.Module, nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True)
 class Setting:
     """One row of the table."""
 
+    family: str
     n_cells: int
     n_genes: int
     likelihood: str
@@ -60,41 +69,57 @@ class Setting:
 # ---------------------------------------------------------------- the engines
 
 
-def eager(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Tensor:
+def eager(model: nn.Module, guide: nn.Module, batch: Batch) -> Tensor:
     """The same by the handler with which ``fit`` starts."""
     return -torch.stack(list(elbo_terms(model, guide, batch).values())).sum() / batch.n_total
 
 
-def stock(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Tensor:
+def stock(model: nn.Module, guide: nn.Module, batch: Batch) -> Tensor:
     """The same by stock Pyro."""
     loss: Tensor = TraceMeanField_ELBO().differentiable_loss(model, guide, batch)
     return loss / batch.n_total
 
 
-ENGINES: dict[str, Loss] = {"hand-written": hand_written, "eager": eager, "stock": stock}
+FAMILIES: dict[str, tuple[type[nn.Module], type[nn.Module], Callable[..., Tensor]]] = {
+    "sparse-shift": (SparseShift, SparseShiftGuide, sparse_shift),
+    "weight-variant-scm": (WeightVariantSCM, WeightVariantSCMGuide, weight_variant_scm),
+    "temporal-scm": (TemporalSCM, TemporalSCMGuide, temporal_scm),
+}
+"""Model, guide, and the loss written by hand."""
 
 
 # ---------------------------------------------------------------- pair and data
 
 
-def build(setting: Setting, **settings: str) -> tuple[SparseShift, SparseShiftGuide, Batch]:
+def build(setting: Setting, **settings: str) -> tuple[nn.Module, nn.Module, Batch]:
     """The pair with its defaults, or some other settings, and one minibatch of 100 as many cells in all."""
     torch.manual_seed(setting.seed)
     rng = np.random.default_rng(setting.seed)
     batch = _batch(setting, rng)
-    shared = {
+    over_time = setting.family == "temporal-scm"
+    if setting.family != "sparse-shift":
+        batch = batch._replace(control=_batch(setting, rng, control=True))
+    shared: dict[str, Any] = {
         "n_genes": setting.n_genes,
         "n_targets": setting.n_targets,
-        "n_latents": setting.n_latents,
+        "target_cells": (batch.n_total / (setting.n_targets + 1),) * setting.n_targets,
         "n_hidden": setting.n_hidden,
         "likelihood": setting.likelihood,
+        **({"times": TIMES} if over_time else {}),
         **settings,
     }
-    target_cells = (batch.n_total / (setting.n_targets + 1),) * setting.n_targets
-    return SparseShift(target_cells=target_cells, **shared), SparseShiftGuide(**shared), batch  # type: ignore[arg-type]
+    if setting.family == "sparse-shift":
+        shared["n_latents"] = setting.n_latents
+    sizes = {"n_cells": batch.n_total, "n_conditions": setting.n_targets + 1} if over_time else {}
+    model_class, guide_class, _ = FAMILIES[setting.family]
+    model, guide = model_class(**shared, **sizes), guide_class(**shared)
+    if over_time:  # as after the first steps: every snapshot is known
+        model.filled_ct.fill_(True)
+        model.memory_ctmk.normal_()
+    return model, guide, batch
 
 
-def _batch(setting: Setting, rng: np.random.Generator) -> Batch:
+def _batch(setting: Setting, rng: np.random.Generator, control: bool = False) -> Batch:
     """Counts as in a screen: most are zero, a few genes reach hundreds; log1p of them for the Gaussian."""
     n, g, p = setting.n_cells, setting.n_genes, setting.n_targets
     share_g = rng.lognormal(0.0, 2.0, g)
@@ -102,7 +127,8 @@ def _batch(setting: Setting, rng: np.random.Generator) -> Batch:
     rate_ng = depth_n1 * share_g / share_g.sum() * rng.gamma(2.0, 0.5, (n, g))
     x_ng = torch.from_numpy(rng.poisson(rate_ng)).float()
     library_n1 = x_ng.sum(1, keepdim=True)
-    condition_n = torch.from_numpy(rng.integers(0, p + 1, n))
+    condition_n = torch.from_numpy(rng.integers(0, 1 if control else p + 1, n))
+    time_n = torch.arange(n) % len(TIMES)  # control cells of a row have the time of its cell
     return Batch(
         x_ng=x_ng.log1p() if setting.likelihood == "gaussian" else x_ng,
         u_np=torch.eye(p + 1)[condition_n, 1:],
@@ -111,32 +137,31 @@ def _batch(setting: Setting, rng: np.random.Generator) -> Batch:
         condition_n=condition_n,
         index_n=torch.arange(n),
         n_total=100 * n,
+        time_n=time_n.float() if setting.family == "temporal-scm" else None,
     )
 
 
 # ---------------------------------------------------------------- agreement
 
 
-def check(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> None:
+def check(engines: dict[str, Loss], model: nn.Module, guide: nn.Module, batch: Batch) -> None:
     """All engines must give one loss and one set of gradients under one seed.
 
     Raises:
         SystemExit: They do not.
     """
-    modules = nn.ModuleDict({"model": copy.deepcopy(model), "guide": copy.deepcopy(guide)}).double()
-    wide = [f.double() if isinstance(f, Tensor) and f.is_floating_point() else f for f in batch]
     found: dict[str, dict[str, Tensor]] = {}
-    for name, engine in ENGINES.items():
+    for name, engine in engines.items():  # a memory of the model changes with every step: take copies
+        modules = nn.ModuleDict({"model": copy.deepcopy(model), "guide": copy.deepcopy(guide)}).double()
         torch.manual_seed(1)
-        modules.zero_grad(set_to_none=True)
-        loss = engine(modules["model"], modules["guide"], Batch(*wide))  # type: ignore[arg-type]
+        loss = engine(modules["model"], modules["guide"], _wide(batch))
         loss.backward()
         grads = {n: p.grad for n, p in modules.named_parameters() if p.grad is not None}
         found[name] = {"loss": loss.detach(), **grads}
     expected = found.pop("hand-written")
     allowed = ROUNDING * max(float(value.abs().max()) for value in expected.values())
     for name, values in found.items():
-        if values.keys() != expected.keys() or len(values) != 1 + len(list(modules.parameters())):
+        if values.keys() != expected.keys():
             raise SystemExit(f"{name} has gradients of other parameters: {values.keys() ^ expected.keys()}")
         errors = {n: float((values[n] - expected[n]).abs().max()) for n in expected}
         error, worst = max((error, n) for n, error in errors.items())
@@ -146,37 +171,45 @@ def check(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> None:
             )
 
 
+def _wide(batch: Batch) -> Batch:
+    """The minibatch in double precision."""
+    fields: dict[str, Any] = {n: f for n, f in batch._asdict().items() if isinstance(f, Tensor)}
+    wide = {n: f.double() for n, f in fields.items() if f.is_floating_point()}
+    return batch._replace(**wide, control=None if batch.control is None else _wide(batch.control))
+
+
 # ---------------------------------------------------------------- time
 
 
-def stepper(engine: Loss, model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Callable[[], None]:
+def stepper(engine: Loss, model: nn.Module, guide: nn.Module, batch: Batch) -> Callable[[], None]:
     """One training step on copies of the pair."""
     model, guide = copy.deepcopy(model), copy.deepcopy(guide)
     return _step(model, guide, lambda: engine(model, guide, batch).backward())
 
 
-def by_torch_stepper(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Callable[[], None]:
+def by_torch_stepper(
+    loss: Callable[..., Tensor], model: nn.Module, guide: nn.Module, batch: Batch
+) -> Callable[[], None]:
     """The loss written by hand, with the fast likelihood, by ``torch.compile``."""
-    loss = torch.compile(partial(hand_written, fast=True))
-    return stepper(loss, model, guide, batch)
+    return stepper(torch.compile(partial(loss, fast=True)), model, guide, batch)
 
 
-def svi_stepper(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Callable[[], None]:
+def svi_stepper(model: nn.Module, guide: nn.Module, batch: Batch) -> Callable[[], None]:
     """One step of stock SVI, without clipping."""
     model, guide = copy.deepcopy(model), copy.deepcopy(guide)
-    if model.likelihood == "nb":
+    if getattr(model, "likelihood", None) == "nb":
         model.measurement = partial(_by_torch, model)  # type: ignore[method-assign]
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-4}), TraceMeanField_ELBO())
     return lambda: svi.step(batch)
 
 
-def _by_torch(model: SparseShift, z_nk: Tensor, batch: Batch) -> dist.TorchDistribution:
+def _by_torch(model: nn.Module, z_nk: Tensor, batch: Batch) -> dist.TorchDistribution:
     """p(x | z) by torch's distribution."""
     log_mean_ng = batch.library_n1.log() + model.decoder(z_nk, batch.batch_nb).log_softmax(-1)
     return dist.NegativeBinomial(model.theta_g, logits=log_mean_ng - model.theta_g.log())
 
 
-def compiled_stepper(model: SparseShift, guide: SparseShiftGuide, batch: Batch) -> Callable[[], None]:
+def compiled_stepper(model: nn.Module, guide: nn.Module, batch: Batch) -> Callable[[], None]:
     """The same by the compiled graph; it must agree with Pyro.
 
     Raises:
@@ -239,6 +272,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", default=["128x1000", "512x2000"], help="cells x genes")
+    parser.add_argument("--model", choices=list(FAMILIES), default="sparse-shift")
     parser.add_argument("--likelihood", choices=["nb", "poisson", "gaussian"], default="nb")
     parser.add_argument("--targets", type=int, default=100)
     parser.add_argument("--latents", type=int, default=15)
@@ -254,13 +288,21 @@ def main() -> None:
     print("CPU time of a step as a share of hand-written torch: median [quartiles] of the rounds' ratios")
     for size in given.sizes:
         n, g = (int(number) for number in size.split("x"))
-        setting = Setting(n, g, given.likelihood, given.targets, given.latents, given.hidden, given.seed)
+        sizes = given.targets, given.latents, given.hidden, given.seed
+        setting = Setting(given.model, n, g, given.likelihood, *sizes)
         model, guide, batch = build(setting)
-        check(model, guide, batch)
-        steppers = {name: stepper(engine, model, guide, batch) for name, engine in ENGINES.items()}
-        steppers["svi"] = svi_stepper(model, guide, batch)
-        steppers["by-torch"] = by_torch_stepper(model, guide, batch)
-        steppers["compiled"] = compiled_stepper(model, guide, batch)
+        by_hand = FAMILIES[given.model][2]
+        engines: dict[str, Loss] = {"hand-written": by_hand, "eager": eager, "stock": stock}
+        check(engines, model, guide, batch)
+        steppers = {name: stepper(engine, model, guide, batch) for name, engine in engines.items()}
+        if given.model == "sparse-shift":
+            steppers["svi"] = svi_stepper(model, guide, batch)
+        try:
+            steppers["compiled"] = compiled_stepper(model, guide, batch)
+        except NotTraceableError as error:
+            print(f"no compiled step: {error}")
+        else:
+            steppers["by-torch"] = by_torch_stepper(by_hand, model, guide, batch)
         times = measure(list(steppers.values()), given.rounds, given.steps)
         report(setting, batch, list(steppers), times)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from pyro_causalcell.batch import Batch
@@ -106,6 +107,12 @@ class Minibatches:
     def is_resident(self) -> bool:
         """Whether x is held on the device."""
         return self._cells.is_resident
+
+    @property
+    def memory_left_gb(self) -> float:
+        """What cells and anchors leave of the budget, in GiB."""
+        last = self._cells if self._anchors is None else self._anchors
+        return last.bytes_left / 2**30
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -222,7 +229,9 @@ class _Cells:
         self.device = torch.empty(0, device=device).device  # with its number: a thread has its own default
         self._matrix = screen.twin_matrix if twin else screen.matrix
         u_dp, design_n = screen.designs
-        self._u_dp = self._tensor(np.zeros_like(u_dp) if twin else u_dp)
+        self._n_targets = u_dp.shape[1]
+        carried = _carried(sparse.csr_matrix(u_dp.shape, dtype=u_dp.dtype) if twin else u_dp)
+        self._target_dm, self._dose_dm = (self._tensor(part) for part in carried)
         self._design_n = self._tensor(design_n[rows])
         library_n = screen.twin_library_n if twin else screen.library_n
         self._library_n1 = self._tensor(library_n[rows, None])
@@ -251,9 +260,11 @@ class _Cells:
             x_ng = self._tensor(as_dense(values[part]))
         else:
             x_ng = self._x_ng.index_select(0, index_n).float()  # indexing is four times slower
+        design_n = self._design_n[index_n]
+        u_np = torch.zeros(len(index), self._n_targets, device=self.device)
         return Batch(
             x_ng=x_ng,
-            u_np=self._u_dp.index_select(0, self._design_n[index_n]),
+            u_np=u_np.scatter_add_(1, self._target_dm[design_n], self._dose_dm[design_n]),
             library_n1=self._library_n1[index_n],
             batch_nb=self._batch_nb[index_n],
             condition_n=self._condition_n[index_n],
@@ -295,6 +306,15 @@ class _Cells:
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+
+
+def _carried(u_dp: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+    """The targets that each design holds and their doses, each [d, m]; shorter rows end with doses of 0."""
+    place_m = np.arange(u_dp.getnnz(1).max(initial=0))
+    is_held_dm = place_m < u_dp.getnnz(1)[:, None]
+    target_dm, dose_dm = np.zeros(is_held_dm.shape, np.int64), np.zeros(is_held_dm.shape, np.float32)
+    target_dm[is_held_dm], dose_dm[is_held_dm] = u_dp.indices, u_dp.data
+    return target_dm, dose_dm
 
 
 def _dealt(rng: np.random.Generator, n: int, n_block: int, n_buffers: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from pyro_causalcell.batch import MOST_COLUMNS, Dims
 from pyro_causalcell.data.matrix import Matrix, Scan, looks_like_counts
@@ -203,12 +204,15 @@ class Screen:
 
     def u(self, rows: np.ndarray) -> np.ndarray:
         """The design of some cells, float32 [len(rows), p]."""
-        u_np: np.ndarray = self._u_dp[self._design_n[rows]]
+        u_np: np.ndarray = self._u_dp[self._design_n[rows]].toarray()
         return u_np
 
     @property
-    def designs(self) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct rows of the design, float32 [d, p], and which of them each cell has, int64 [n]."""
+    def designs(self) -> tuple[sparse.csr_matrix, np.ndarray]:
+        """The distinct rows of the design, float32 [d, p], and which of them each cell has, int64 [n].
+
+        The rows are sparse: with thousands of targets most of them hold a single dose.
+        """
         return self._u_dp, self._design_n
 
     @property
@@ -275,8 +279,8 @@ class Screen:
             rows: The cells that are fitted; None is all.
         """
         design_n = self._design_n if rows is None else self._design_n[rows]
-        cells_d = np.bincount(design_n, minlength=len(self._u_dp)).astype(np.float64)
-        target_cells = cells_d @ self._u_dp.astype(np.float64) ** 2
+        cells_d = np.bincount(design_n, minlength=self._u_dp.shape[0]).astype(np.float64)
+        target_cells = self._u_dp.astype(np.float64).power(2).T @ cells_d
         return Dims(
             n_cells=len(design_n),
             n_genes=self.n_genes,
@@ -566,19 +570,21 @@ def _known_labels(spec: ScreenSpec, labels: list[str], unknown: str) -> list[str
 
 def _designs(
     spec: ScreenSpec, adata: ad.AnnData, labels: np.ndarray, known_n: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[sparse.csr_matrix, np.ndarray]:
     """The distinct design rows [d, p], and the row of each cell [n]."""
     dose = 1.0 if spec.dose is None else _column(adata, spec.dose, "dose").to_numpy(dtype=object)
     frame = pd.DataFrame({"label": labels, "dose": dose, "known": known_n})
     design_n = frame.groupby(["label", "dose"], sort=False, dropna=False).ngroup().to_numpy(dtype=np.int64)
     first = frame.iloc[np.unique(design_n, return_index=True)[1]]
-    u_dp = np.zeros((len(first), len(spec.targets)), dtype=np.float32)
     column = {target: i for i, target in enumerate(spec.targets)}
-    for d, (label, value, known) in enumerate(first.itertuples(index=False)):
-        if known and spec.split(label):
-            for target, amount in _amounts(spec, label, value).items():
-                u_dp[d, column[target]] = amount
-    return u_dp, design_n
+    amounts = [
+        _amounts(spec, label, value) if known and spec.split(label) else {}
+        for label, value, known in first.itertuples(index=False)
+    ]
+    dose_m = np.array([dose for row in amounts for dose in row.values()], dtype=np.float32)
+    target_m = np.array([column[target] for row in amounts for target in row], dtype=np.int64)
+    end_d = np.cumsum([0, *(len(row) for row in amounts)])
+    return sparse.csr_matrix((dose_m, target_m, end_d), shape=(len(first), len(spec.targets))), design_n
 
 
 def _amounts(spec: ScreenSpec, label: str, dose: Any) -> dict[str, float]:

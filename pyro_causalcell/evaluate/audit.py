@@ -192,7 +192,7 @@ class _Seen:
             raise DataError(f"expected perturbed cells, found none among {len(rows)} rows. Pass other rows.")
         names = [screen.conditions[c] for c in present]
         u_dp, design_n = screen.designs
-        used_dp = u_dp[np.unique(design_n[rows])]
+        used_dp = u_dp[np.unique(design_n[rows])].toarray()
         return cls(
             rows=rows,
             names=names,

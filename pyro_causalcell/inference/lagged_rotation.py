@@ -4,10 +4,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from pyro_causalcell.batch import LaggedMechanisms, Rotation
-from pyro_causalcell.inference.warm_start import inverse_root, refine, single_precision, unchanged_first
+from pyro_causalcell.inference.warm_start import (
+    distinct_designs,
+    inverse_root,
+    refine,
+    rows_of,
+    single_precision,
+    unchanged_first,
+)
 
 __all__ = ["lagged_rotation"]
 
@@ -41,7 +49,7 @@ class _Snapshots(NamedTuple):
 
 def lagged_rotation(
     z_nk: Tensor,
-    u_np: Tensor,
+    u_np: Tensor | sparse.csr_matrix,
     time_n: Tensor,
     n_invariant: int,
     *,
@@ -63,7 +71,7 @@ def lagged_rotation(
 
     Args:
         z_nk: Posterior means of the training cells.
-        u_np: Their design; control cells are zero.
+        u_np: Their design, dense or sparse; control cells are zero.
         time_n: Their times.
         n_invariant: Invariant programmes l.
         variance_k: Average posterior variance of each latent, which the means do not show.
@@ -74,9 +82,9 @@ def lagged_rotation(
         The map, the offset, the shifts of all programmes, and the lagged mechanisms. Control cells are
         standard normal at the first snapshot.
     """
-    z, u = z_nk.double().cpu().numpy(), u_np.double().cpu().numpy()
+    z = z_nk.double().cpu().numpy()
     extra_kk = np.diag(variance_k.double().cpu().numpy())
-    seen = _moments(z, u, time_n.cpu().numpy(), extra_kk)
+    seen = _moments(z, u_np, time_n.cpu().numpy(), extra_kk)
     centre_k = seen.mean_ctk[0, 0].copy()
     seen = seen._replace(mean_ctk=seen.mean_ctk - centre_k)
     whiten_kk = inverse_root(seen.covariance_ctkk[0, 0])
@@ -103,19 +111,22 @@ def lagged_rotation(
     return Rotation(next(axes), next(axes), next(axes), mechanisms).to(z_nk.device)
 
 
-def _moments(z: np.ndarray, u: np.ndarray, time_n: np.ndarray, extra_kk: np.ndarray) -> _Snapshots:
+def _moments(
+    z: np.ndarray, u_np: Tensor | sparse.csr_matrix, time_n: np.ndarray, extra_kk: np.ndarray
+) -> _Snapshots:
     """Moments of every condition at every time, control first."""
-    design_cp, condition_n = np.unique(u, axis=0, return_inverse=True)
+    u_cp, condition_n = distinct_designs(u_np)
     times, time_index_n = np.unique(time_n, return_inverse=True)
-    k, shape = len(extra_kk), (len(design_cp), len(times))
+    k, shape = len(extra_kk), (u_cp.shape[0], len(times))
     size_ct = np.zeros(shape)
     mean_ctk, covariance_ctkk = np.full((*shape, k), np.nan), np.full((*shape, k, k), np.nan)
-    for c, t in np.ndindex(shape):
-        cells = z[(condition_n.ravel() == c) & (time_index_n == t)]
+    rows_by_snapshot = rows_of(condition_n * len(times) + time_index_n, size_ct.size)
+    for (c, t), rows in zip(np.ndindex(shape), rows_by_snapshot, strict=True):
+        cells = z[rows]
         size_ct[c, t] = len(cells)
         if len(cells) > k:
             mean_ctk[c, t], covariance_ctkk[c, t] = cells.mean(0), np.cov(cells.T) + extra_kk
-    return _Snapshots(design_cp, size_ct, mean_ctk, covariance_ctkk)
+    return _Snapshots(u_cp.toarray(), size_ct, mean_ctk, covariance_ctkk)
 
 
 def _blocks(seen: _Snapshots, n_invariant: int) -> np.ndarray:

@@ -146,7 +146,9 @@ def fit(
         split: Which cells train and validate; by default a tenth of each condition validates, or those of
             the fit that is trained further.
         epochs: Train this many epochs, whatever the validation ELBO says (the best weights are kept).
-            None trains until the validation ELBO stops improving, ``max_epochs`` at most.
+            None trains until the validation ELBO stops improving, ``max_epochs`` at most. On few cells prefer
+            None: where the validation ELBO is best early, a given number of epochs keeps weights of a
+            high learning rate, and means predicted from them are noisy.
         max_epochs: Upper limit when ``epochs`` is None.
         refine: Epochs that follow, by the importance-weighted bound with 10 draws of each cell's latents and
             with BatchNorm's statistics kept. An epoch takes about ten times the decoder; the fit comes closer
@@ -279,12 +281,16 @@ class Trainer:
             screen,
             seed=seed,
             device=device,
-            memory_budget_gb=training.memory_budget_gb,
             anchors=training.anchors,
             controls=split.train,
         )
-        self.batches = cells(split.train, training.batch_size)
-        self.validation = cells(split.validation, 1024, shuffle=False) if len(split.validation) else None
+        self.batches = cells(split.train, training.batch_size, memory_budget_gb=training.memory_budget_gb)
+        left_gb = self.batches.memory_left_gb
+        self.validation = (
+            cells(split.validation, 1024, shuffle=False, memory_budget_gb=left_gb)
+            if len(split.validation)
+            else None
+        )
         first = self.ranks.part(next(self.batches.epoch(0)))
         self.best_state: dict[str, dict[str, Tensor]] = _copy(pair.state_dict())
         with _same_draws(seed, device):
@@ -564,12 +570,15 @@ class Trainer:
         self.pair.train(False)
         sites: Any = self.pair.guide.rotated_site
         sites = (sites,) if isinstance(sites, str) else sites
-        ordered = Minibatches(self.screen, self.split.train, 4096, shuffle=False, device=self.device)
+        ordered = Minibatches(  # one pass: nothing is worth keeping
+            self.screen, self.split.train, 4096, shuffle=False, device=self.device, memory_budget_gb=0.0
+        )
         with _same_draws(self.seed, self.device):
             moments = encode(self.pair.guide, ordered)
         locs, scales = zip(*(moments[site] for site in sites), strict=True)
         loc_nk, variance_k = torch.cat(locs, -1), (torch.cat(scales, -1) ** 2).mean(0)
-        u_np = torch.from_numpy(self.screen.u(self.split.train))
+        u_dp, design_n = self.screen.designs
+        u_np = u_dp[design_n[self.split.train]]
         if len(sites) == 1:
             turn = sparse_rotation(loc_nk, u_np, variance_k=variance_k, seed=self.seed)
         elif "time" in getattr(self.pair.model, "needs", set()):

@@ -9,6 +9,8 @@ from itertools import combinations
 
 import numpy as np
 import torch
+from scipy import sparse
+from scipy.sparse.linalg import lsqr
 from torch import Tensor, nn
 
 from pyro_causalcell.batch import Mechanisms, Rotation
@@ -41,7 +43,7 @@ def can_rotate(model: nn.Module, guide: nn.Module) -> bool:
 
 def sparse_rotation(
     z_nk: Tensor,
-    u_np: Tensor,
+    u_np: Tensor | sparse.csr_matrix,
     *,
     variance_k: Tensor | None = None,
     n_starts: int = 20,
@@ -54,7 +56,7 @@ def sparse_rotation(
 
     Args:
         z_nk: Posterior means of the training cells.
-        u_np: Their design; control cells are zero.
+        u_np: Their design, dense or sparse; control cells are zero.
         variance_k: Average posterior variance of each latent, which the means do not show.
         n_starts: Random starts; the one with the smallest L1 norm is kept.
         seed: Seed of the starts.
@@ -64,9 +66,10 @@ def sparse_rotation(
 
     Source: the sparsity principle is Lachapelle et al., CLeaR 2022; quartimax is Carroll 1953.
     """
-    z, u = z_nk.double().cpu().numpy(), u_np.double().cpu().numpy()
-    seen_p = u.any(0)
-    centre_k, shift_pk, within_kk, is_known = _regress(z, u[:, seen_p])
+    z = z_nk.double().cpu().numpy()
+    u_dp, design_n = distinct_designs(u_np)
+    seen_p = u_dp.getnnz(0) > 0
+    centre_k, shift_pk, within_kk, is_known = _regress(z, u_dp[:, seen_p], design_n)
     if variance_k is not None:
         within_kk = within_kk + np.diag(variance_k.double().cpu().numpy())
     whiten_kk = inverse_root(within_kk)
@@ -78,7 +81,7 @@ def sparse_rotation(
     rotation_kk = min(rotations, key=lambda r: np.abs(_centred(white_pk @ r, is_known)).sum())
     map_kk = (whiten_kk @ rotation_kk).T
     turned_pk = white_pk @ rotation_kk
-    rotated_pk = np.zeros((u.shape[1], z.shape[1]))  # targets that no cell carries stay at zero
+    rotated_pk = np.zeros((u_dp.shape[1], z.shape[1]))  # targets that no cell carries stay at zero
     rotated_pk[seen_p] = _centred(turned_pk, is_known)
     centre_k = map_kk @ centre_k + (turned_pk - rotated_pk[seen_p])[0]
     return Rotation(single_precision(map_kk), single_precision(-centre_k), single_precision(rotated_pk)).to(
@@ -87,7 +90,13 @@ def sparse_rotation(
 
 
 def block_rotation(
-    z_nk: Tensor, u_np: Tensor, n_invariant: int, *, variance_k: Tensor, n_starts: int = 20, seed: int = 0
+    z_nk: Tensor,
+    u_np: Tensor | sparse.csr_matrix,
+    n_invariant: int,
+    *,
+    variance_k: Tensor,
+    n_starts: int = 20,
+    seed: int = 0,
 ) -> Rotation:
     """Find axes of which some are the same under all perturbations, and the rest change sparsely.
 
@@ -100,7 +109,7 @@ def block_rotation(
 
     Args:
         z_nk: Posterior means of the training cells.
-        u_np: Their design; control cells are zero.
+        u_np: Their design, dense or sparse; control cells are zero.
         n_invariant: Invariant programmes l.
         variance_k: Average posterior variance of each latent, which the means do not show.
         n_starts: Random starts of the turn of the responsive block.
@@ -109,18 +118,18 @@ def block_rotation(
     Returns:
         The map, the offset, the shifts of all programmes, and the mechanisms.
     """
-    z, u = z_nk.double().cpu().numpy(), u_np.double().cpu().numpy()
+    z = z_nk.double().cpu().numpy()
     extra_kk = np.diag(variance_k.double().cpu().numpy())
-    designs, condition_n = np.unique(u, axis=0, return_inverse=True)
-    condition_n = condition_n.ravel()
-    origin_n = condition_n == 0 if not designs[0].any() else np.ones(len(z), bool)  # control, if there is any
-    centre_k = z[origin_n].mean(0)
-    whiten_kk = inverse_root(np.cov(z[origin_n].T) + extra_kk)
+    u_dp, design_n = distinct_designs(u_np)
+    has_control = u_dp[0].nnz == 0
+    origin = z[design_n == 0] if has_control else z
+    centre_k = origin.mean(0)
+    whiten_kk = inverse_root(np.cov(origin.T) + extra_kk)
     white = (z - centre_k) @ whiten_kk
     extra_kk = whiten_kk @ extra_kk @ whiten_kk
     means, excesses, sizes = [], [], []
-    for c in range(len(designs)):
-        cells = white[(condition_n == c) & ~origin_n]
+    for rows in rows_of(design_n, u_dp.shape[0])[1:] if has_control else []:
+        cells = white[rows]
         if len(cells) > len(extra_kk):
             means.append(cells.mean(0))
             excesses.append(np.cov(cells.T) + extra_kk - np.eye(len(extra_kk)))
@@ -136,10 +145,12 @@ def block_rotation(
     )
     axes_kk = blocks_kk.copy()
     axes_kk[:, n_invariant:] = blocks_kk[:, n_invariant:] @ turn_vv.T
-    order_v, mechanisms = _mechanisms(white @ axes_kk, u, n_invariant, axes_kk.T @ extra_kk @ axes_kk)
+    order_v, mechanisms = _mechanisms(
+        white @ axes_kk, u_dp[design_n], n_invariant, axes_kk.T @ extra_kk @ axes_kk
+    )
     turn_vv = turn_vv[order_v]
     map_kk[n_invariant:] = turn_vv @ map_kk[n_invariant:]
-    shift_pk = np.zeros((u.shape[1], len(map_kk)))
+    shift_pk = np.zeros((u_dp.shape[1], len(map_kk)))
     shift_pk[:, n_invariant:] = mechanisms[2]
     altered_pv, edge_vk, *changes = mechanisms
     seen = Mechanisms(torch.as_tensor(altered_pv), torch.as_tensor(edge_vk), *map(single_precision, changes))
@@ -229,19 +240,23 @@ def _deviation(mean_ac: np.ndarray, variance_ac: np.ndarray) -> np.ndarray:
 
 
 def _mechanisms(
-    z: np.ndarray, u: np.ndarray, n_invariant: int, extra_kk: np.ndarray
+    z: np.ndarray, u_np: sparse.csr_matrix, n_invariant: int, extra_kk: np.ndarray
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """An order of the responsive programmes in which parents come last, and the mechanisms in it.
 
     A mechanism of control is a standard normal. What a target makes of a programme is regressed on all other
-    programmes over the cells that carry the target; it counts where it explains much more. ``extra_kk`` is
-    the covariance that posterior means do not show.
+    programmes over the cells that carry the target, alone where there are enough of them; it counts where
+    it explains much more. ``extra_kk`` is the covariance that posterior means do not show.
     """
-    n_v, n_p = z.shape[1] - n_invariant, u.shape[1]
+    n_v, n_p = z.shape[1] - n_invariant, u_np.shape[1]
+    by_target, is_alone_n = u_np.tocsc(), u_np.getnnz(1) == 1
     gain_pv, strength_vk = np.zeros((n_p, n_v)), np.zeros((n_v, z.shape[1]))
     fits = {}
     for p in range(n_p):
-        cells = z[u[:, p] > 0]
+        rows = by_target[:, p].indices
+        if is_alone_n[rows].sum() > 2 * z.shape[1]:  # what another target does is not this one's
+            rows = rows[is_alone_n[rows]]
+        cells = z[rows]
         if len(cells) <= 2 * z.shape[1]:
             continue
         mean_k, covariance_kk = cells.mean(0), np.cov(cells.T) + extra_kk
@@ -249,7 +264,7 @@ def _mechanisms(
         for v in range(n_v):
             fits[p, v] = _, _, sd = _regressed(mean_k, covariance_kk, n_invariant + v)
             gain_pv[p, v] = square_k[n_invariant + v] / 2 - 0.5 - np.log(sd)
-    n_cells_p = (u > 0).sum(0)
+    n_cells_p = u_np.getnnz(0)
     most_p1 = gain_pv.max(1, keepdims=True)
     altered_pv = gain_pv > np.maximum(ALTERED_ABOVE * most_p1, LEAST_GAIN)
     for p, v in zip(*altered_pv.nonzero(), strict=True):
@@ -300,22 +315,57 @@ def inverse_root(covariance_kk: np.ndarray) -> np.ndarray:
     return root_kk
 
 
-def _regress(z: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+def distinct_designs(u_np: Tensor | sparse.csr_matrix) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """The distinct rows of a design, and which of them each cell has.
+
+    Control is first, where there is any; the others come as they first appear.
+    """
+    design = sparse.csr_matrix(u_np.cpu().numpy() if isinstance(u_np, Tensor) else u_np, dtype=np.float64)
+    design.sum_duplicates()  # sorts columns: equal rows have sums that are equal to the last digit
+    design.eliminate_zeros()
+    rng = np.random.default_rng(0)
+    weight_p = rng.uniform(1, 2, design.shape[1]) + 1j * rng.uniform(1, 2, design.shape[1])
+    sum_d, first_d, design_n = np.unique(design @ weight_p, return_index=True, return_inverse=True)
+    order_d = np.lexsort([first_d, sum_d != 0])
+    return design[first_d[order_d]], np.argsort(order_d)[design_n]
+
+
+def rows_of(group_n: np.ndarray, n_groups: int) -> list[np.ndarray]:
+    """Rows of each group."""
+    ends = np.cumsum(np.bincount(group_n, minlength=n_groups))
+    return np.split(np.argsort(group_n, kind="stable"), ends[:-1])
+
+
+def _regress(
+    z: np.ndarray, u_dp: sparse.csr_matrix, design_n: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Position of control, shift of each target, covariance of what is left; is that position known?
 
     Control cells tell it, and so do combinations or doses beside single targets. Where nothing does, the
-    typical target stands in.
+    typical target stands in. Cells of one design are one row of the regression, weighted by their number.
     """
-    design = np.column_stack([np.ones(len(u)), u])
-    coefficients, _, rank, _ = np.linalg.lstsq(design, z, rcond=None)
-    residual = z - design @ coefficients
+    size_d = np.bincount(design_n)
+    root_d = np.sqrt(size_d)
+    mean_dk = np.array([np.bincount(design_n, column) for column in z.T]).T / size_d[:, None]
+    design = sparse.hstack([np.ones((len(size_d), 1)), u_dp], format="csr")
+    weighted = sparse.diags(root_d) @ design
+    columns = [_least_squares(weighted, root_d * mean_d) for mean_d in mean_dk.T]
+    coefficients = np.column_stack(columns)
+    residual = z - (design @ coefficients)[design_n]
     within_kk = residual.T @ residual / len(z)
     centre_k, shift_pk = coefficients[0], coefficients[1:]
-    is_known = rank == design.shape[1]
+    intercept = np.eye(1, design.shape[1])[0]
+    is_known = np.abs(design.T @ _least_squares(design.T, intercept) - intercept).max() < 1e-6
     if not is_known:
         median_k = np.median(shift_pk, 0)
         centre_k, shift_pk = centre_k + median_k, shift_pk - median_k
     return centre_k, shift_pk, within_kk, bool(is_known)
+
+
+def _least_squares(matrix: sparse.csr_matrix, value: np.ndarray) -> np.ndarray:
+    """The shortest solution of a sparse problem."""
+    found: np.ndarray = lsqr(matrix, value, atol=1e-12, btol=1e-12, conlim=0, iter_lim=10_000)[0]
+    return found
 
 
 def _polar(a: np.ndarray) -> np.ndarray:

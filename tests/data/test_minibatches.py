@@ -51,6 +51,30 @@ def test_order_depends_on_seed_and_epoch_only(tiny_screen):
     assert order(0, 3, shuffle=False) == list(range(len(ROWS)))
 
 
+def test_designs_come_back_from_the_targets_that_they_hold(tiny_adata):
+    """Doses of single targets, combinations and control, which are kept as lists of targets."""
+    label_n = tiny_adata.obs["target"].to_numpy()
+    tiny_adata.obs["dose"] = np.where(label_n == "A+B", "3+0.5", "2")
+    screen = Screen(tiny_adata, dose="dose")
+    for batch in Minibatches(screen, ROWS, 50):
+        rows = ROWS[batch.index_n.numpy()]
+        expected_np = np.zeros((len(rows), 4), np.float32)
+        for n, label in enumerate(label_n[rows]):
+            for target in [] if label == "non-targeting" else label.split("+"):
+                expected_np[n, "ABCD".index(target)] = {"A": 3, "B": 0.5}[target] if label == "A+B" else 2
+        np.testing.assert_array_equal(batch.u_np, expected_np)
+
+
+def test_what_cells_and_anchors_leave_of_the_budget(tiny_screen):
+    n_controls = int((tiny_screen.condition_n[ROWS] == 0).sum())
+    bytes_each = 2 * tiny_screen.n_genes  # int16
+    budget = (len(ROWS) + n_controls + 7) * bytes_each / 2**30
+    both = Minibatches(tiny_screen, ROWS, 50, anchors="random", memory_budget_gb=budget)
+    assert both.memory_left_gb * 2**30 == pytest.approx(7 * bytes_each)
+    reading = Minibatches(tiny_screen, ROWS, 50, memory_budget_gb=1e-9)
+    assert not reading.is_resident and reading.memory_left_gb == pytest.approx(1e-9)
+
+
 def test_counts_are_held_in_the_smallest_safe_type(tiny_adata):
     def resident_type(largest, scale=1.0):
         x_ng = tiny_adata.X.toarray() * scale

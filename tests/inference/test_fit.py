@@ -379,6 +379,23 @@ def test_counts_read_by_rows_give_the_same_fit(tiny_screen, quick):
     assert _same(resident, fit(MODEL, None, tiny_screen, memory_budget_gb=0.0, **quick))
 
 
+def test_training_validation_and_the_turn_share_one_budget(tiny_screen, quick, monkeypatch):
+    """Validation cells take what training cells leave; the pass that turns the axes keeps nothing."""
+    made = []
+
+    class Recorded(training.Minibatches):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            made.append(self)
+
+    monkeypatch.setattr(training, "Minibatches", Recorded)
+    split = random_cells(tiny_screen)
+    budget = 2 * tiny_screen.n_genes * (len(split.train) + len(split.validation) - 1) / 2**30  # int16
+    settings = quick | {"epochs": 2, "warm_start": 1}
+    fit(MODEL, None, tiny_screen, gates="posterior", memory_budget_gb=budget, **settings)
+    assert [cells.is_resident for cells in made] == [True, False, False]
+
+
 def test_a_screen_without_controls_and_with_doses(tiny_adata, quick):
     perturbed = tiny_adata[tiny_adata.obs["target"] != "non-targeting"].copy()
     perturbed.obs["dose"] = 0.5

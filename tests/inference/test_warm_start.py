@@ -1,8 +1,11 @@
 """Sparse rotation: known rotations come back; turning the axes changes no likelihood."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import ortho_group
 from sklearn.linear_model import LinearRegression
@@ -11,7 +14,7 @@ from pyro_causalcell.batch import Rotation
 from pyro_causalcell.data import Minibatches, random_cells
 from pyro_causalcell.inference import Pair, block_rotation, build_pair, fit, sparse_rotation
 from pyro_causalcell.inference.posterior import encode
-from pyro_causalcell.inference.warm_start import can_rotate
+from pyro_causalcell.inference.warm_start import _regress, can_rotate, distinct_designs
 from pyro_causalcell.simulate import latent_scm
 
 
@@ -103,6 +106,53 @@ def test_a_dead_latent_does_no_harm():
     turn = sparse_rotation(dead_nk, u_np, variance_k=torch.cat([torch.zeros(6), torch.ones(1)]))
     assert all(bool(torch.isfinite(t).all()) for t in turn[:3])
     assert float(turn.shift_pk.abs().max(0).values.min()) < 1e-3  # one axis without any shift
+
+
+def test_equal_rows_of_a_design_are_found():
+    rows = [[0, 2.0, 0], [1, 0, 1], [0, 0, 0], [0, 2.0, 0], [0, 1.0, 0], [0, 0, 0]]
+    for design in (torch.tensor(rows), sparse.csr_matrix(rows)):
+        u_dp, design_n = distinct_designs(design)
+        np.testing.assert_array_equal(u_dp.toarray(), [rows[2], rows[0], rows[1], rows[4]])  # control first
+        np.testing.assert_array_equal(design_n, [1, 2, 0, 1, 3, 0])
+
+
+@pytest.mark.parametrize("kind", ["controls", "no controls", "doses alone", "two targets always together"])
+def test_the_regression_on_designs_is_that_on_cells(kind):
+    rows_by_kind = {
+        "controls": [[0, 0], [1, 0], [0, 1]],
+        "no controls": [[1, 0], [0, 1]],
+        "doses alone": [[1, 0], [2, 0], [0, 1]],
+        "two targets always together": [[0, 0], [1, 1]],
+    }
+    u_np = np.repeat(np.array(rows_by_kind[kind], dtype=float), [30, 50, 70][: len(rows_by_kind[kind])], 0)
+    z = u_np @ [[1.0, -2.0], [0.5, 3.0]] + [4.0, 5.0] + np.random.default_rng(0).normal(size=(len(u_np), 2))
+    centre_k, shift_pk, within_kk, is_known = _regress(z, *distinct_designs(torch.tensor(u_np)))
+    assert is_known == (kind != "no controls")
+    design = np.column_stack([np.ones(len(u_np)), u_np])
+    expected = np.linalg.lstsq(design, z, rcond=None)[0]
+    if not is_known:  # the typical target stands in for control
+        median_k = np.median(expected[1:], 0)
+        expected = np.vstack([expected[0] + median_k, expected[1:] - median_k])
+    np.testing.assert_allclose(np.vstack([centre_k, shift_pk]), expected, atol=1e-8)
+    left = z - design @ expected
+    np.testing.assert_allclose(within_kk, left.T @ left / len(z), atol=1e-8)
+
+
+def test_memory_does_not_grow_with_targets_times_cells():
+    """Simulated: 20,000 cells of 2,000 targets; a dense design in double precision takes 320 MB."""
+    rng = np.random.default_rng(0)
+    target_n = np.r_[np.full(1000, -1), rng.integers(0, 2000, 19_000)]
+    rows = np.flatnonzero(target_n >= 0)
+    u_np = sparse.csr_matrix((np.ones(len(rows)), (rows, target_n[rows])), shape=(20_000, 2000))
+    z_nk = torch.from_numpy(rng.normal(size=(20_000, 3)))
+    z_nk[:, 2] += torch.from_numpy(2.0 * (target_n % 3 == 0))
+    tracemalloc.start()
+    try:
+        sparse_rotation(z_nk, u_np, n_starts=1)
+        block_rotation(z_nk, u_np, 1, variance_k=torch.zeros(3), n_starts=0)
+        assert tracemalloc.get_traced_memory()[1] < 40e6
+    finally:
+        tracemalloc.stop()
 
 
 def _scm_latents(seed: int):
