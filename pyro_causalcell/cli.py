@@ -940,13 +940,14 @@ def study(
     """Run a study: a paper's tables, method by method, beside the paper's own numbers.
 
     Args:
-        name: The study: sparse-shift, latent-scm, norman, simulated-screen, unseen-singles, temporal-scm,
-            semrau or hipsc.
+        name: The study: sparse-shift, interventional, latent-scm, norman, simulated-screen, unseen-singles,
+            joining, temporal-scm, semrau or hipsc.
         out: Folder to write: table.csv, a page of tables, figures; a folder named as the study if not
             given. A study that was stopped goes on from there.
         data: Norman 2019, for the study of that name: an h5ad file of scPerturb or CPA, or the folder with
-            GEO's files; the subset in the package if not given. For hipsc, an h5ad file of counts with the
-            obs columns target and time; simulated screens if not given.
+            GEO's files; the subset in the package if not given. For interventional, the same or Replogle
+            2022. For hipsc, an h5ad file of counts with the obs columns target and time; simulated screens if
+            not given.
         methods: Only these methods; repeat it for several. The baselines are always there.
         seeds: Seeds of every fit.
         full: The size of Norman 2019, for simulated-screen.

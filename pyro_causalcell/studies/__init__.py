@@ -13,6 +13,7 @@ __all__ = ["STUDIES", "run_study"]
 
 STUDIES = {
     "sparse-shift": "pyro_causalcell.studies.sparse_shift:run",
+    "interventional": "pyro_causalcell.studies.interventional:run",
     "latent-scm": "pyro_causalcell.studies.latent_scm:run",
     "norman": "pyro_causalcell.studies.combinations:run_norman",
     "simulated-screen": "pyro_causalcell.studies.combinations:run_simulated",

@@ -66,8 +66,8 @@ cells. A method's row is named ``NAME (K)``, K its number of programmes."""
 
 REST = "all other genes"
 """Column of what the genes of a screen leave of a cell's total."""
-LR = 5e-3
-"""Learning rate of every fit, falling linearly over the epochs."""
+LR, PATIENCE = 5e-3, 10
+"""Learning rate of every fit, and epochs without a better validation ELBO before it drops."""
 SIZES = (10, 35, 75, 105)
 """Numbers of programmes of the paper."""
 RESPONSIVE = {4: 2, 10: 4, 20: 10, 35: 7, 75: 15, 105: 20}
@@ -108,14 +108,14 @@ class Effort(NamedTuple):
     """How much computing a study takes.
 
     Attributes:
-        epochs: Of every fit.
+        epochs: Of every fit; None trains until the validation ELBO stops improving.
         n_drawn: Cells behind each predicted mean.
         n_cells: Measured and predicted cells of a condition, for distances.
         sizes: Numbers of programmes.
         screen: Arguments of ``simulate.combination_screen``.
     """
 
-    epochs: int
+    epochs: int | None
     n_drawn: int
     n_cells: int
     sizes: tuple[int, ...]
@@ -139,8 +139,8 @@ EFFORTS: dict[Size, Effort] = {
         },
     ),
     "small": Effort(
-        epochs=100,
-        n_drawn=1000,
+        epochs=None,
+        n_drawn=5000,
         n_cells=100,
         sizes=(20,),
         screen={
@@ -151,9 +151,9 @@ EFFORTS: dict[Size, Effort] = {
             "n_control_cells": 1000,
         },
     ),
-    "full": Effort(epochs=100, n_drawn=1000, n_cells=200, sizes=SIZES, screen={}),
+    "full": Effort(epochs=None, n_drawn=1000, n_cells=200, sizes=SIZES, screen={}),
 }
-SUBSET = Effort(epochs=100, n_drawn=1000, n_cells=100, sizes=(10,), screen={})
+SUBSET = Effort(epochs=None, n_drawn=5000, n_cells=100, sizes=(10,), screen={})
 """Of the subset of Norman 2019 in the package."""
 
 REGIMES = {"no double seen": "split_no_doubles", "half of the doubles seen": "split_half_doubles"}
@@ -403,7 +403,8 @@ def _references(job: Job, task: Task, means: TrainingMeans, effort: Effort) -> l
 
 def _trained(job: Job, task: Task, effort: Effort, folder: Path) -> Predictor:
     model, chosen = METHODS[job.arguments["method"]]
-    settings = {"epochs": effort.epochs, "lr": LR, **_of_size(model, job.arguments["n_latents"]), **chosen}
+    settings: dict[str, Any] = {"epochs": effort.epochs, "lr": LR, "patience": PATIENCE}
+    settings |= {**_of_size(model, job.arguments["n_latents"]), **chosen}
     # Models of this study know targets by their names alone, as the published ones do.
     screen = Screen.from_spec(task.screen.describe(), task.screen.adata)
     if not screen.is_counts:
@@ -414,7 +415,7 @@ def _trained(job: Job, task: Task, effort: Effort, folder: Path) -> Predictor:
         screen = _with_rest(screen)
     if settings.get("interactions") == "seen":
         settings["interactions"] = _seen_pairs(screen, task.split)
-    if effort.epochs < 5:
+    if effort.epochs is not None:  # too few for a warm-up
         settings["warmup"] = dict.fromkeys(settings.get("warmup", {}), 1)
     fit = inference.fit(
         model,

@@ -15,6 +15,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+import xarray as xr
 from scipy.stats import nbinom
 from sklearn.decomposition import PCA
 
@@ -23,7 +24,16 @@ from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import CausalCellError
 from pyro_causalcell.models.sparse_shift import PRESETS
 from pyro_causalcell.plot import reliability, study_table
-from pyro_causalcell.studies.runner import Job, Scores, finished, in_order, run_jobs, summarise, write_table
+from pyro_causalcell.studies.runner import (
+    Executor,
+    Job,
+    Scores,
+    finished,
+    in_order,
+    run_jobs,
+    summarise,
+    write_table,
+)
 
 __all__ = ["METHODS", "METRICS", "PAPER", "run", "table_jobs"]
 
@@ -165,7 +175,8 @@ _TABLES: dict[str, list[tuple[str, dict[str, Any], tuple[str, ...]]]] = {
         for a in (10, 20, 40, 60, 80, 100)
     ],
 }
-REFERENCES = ("oracle", "training mean", "condition mean", "PCA", "PCA, turned")
+MEANS = ("training mean", "condition mean")
+REFERENCES = ("oracle", *MEANS, "PCA", "PCA, turned")
 """Rows of every table that are no latent variable model of this study."""
 
 
@@ -220,6 +231,7 @@ def run(
     methods: Sequence[str] | None = None,
     seeds: int = 5,
     workers: int = 1,
+    executor: Executor = "processes",
     quick: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -233,7 +245,8 @@ def run(
         methods: Likewise.
         seeds: Likewise.
         quick: Likewise.
-        workers: Processes.
+        workers: Fits that run side by side.
+        executor: What runs them, see :func:`run_jobs`.
         progress: Show a progress bar.
 
     Returns:
@@ -241,7 +254,7 @@ def run(
     """
     out = Path(out)
     jobs = table_jobs(tables, seeds=seeds, methods=methods, quick=quick)
-    run_jobs(jobs, score_job, out, workers=workers, progress=progress)
+    run_jobs(jobs, score_job, out, workers=workers, executor=executor, progress=progress)
     rows = _excess(_in_order(finished(out, quick=quick)))
     table = summarise(STUDY, rows, PAPER, list(METRICS))
     note = (
@@ -298,7 +311,7 @@ def _trained(
     z_nk = predict.latents(fit, screen).obsm["X_causalcell"]
     truth_pk = _true_graph(train, screen.targets)
     edges = None if settings.get("gates") == "closed" else predict.graph(fit)
-    scores: Scores = {"validation_loss": _best(fit)}
+    scores: Scores = {"validation_loss": best_validation_loss(fit)}
     scores |= evaluate.recovery(
         train.obsm["z"],
         z_nk,
@@ -309,12 +322,25 @@ def _trained(
     )
     if edges is not None and method in (UNREFINED, DEFAULT):
         scores |= _edge_reliability(edges, train.obsm["z"], z_nk, truth_pk)
+    likelihoods, nll = interventional_scores(fit, new, settings, effort.n_particles, seed)
+    scores |= likelihoods
+    at = held.obs_names.get_indexer(nll["cell"].to_numpy())
+    match = evaluate.matching(held.obsm["z"][at], nll["latent"].to_numpy())
+    scores["pearson_mcc_heldout"] = float(np.abs(match.correlation_m).mean())
+    return scores
+
+
+def interventional_scores(
+    fit: inference.Fit, new: Screen, settings: Mapping[str, Any], n_particles: int, seed: int
+) -> tuple[Scores, xr.Dataset]:
+    """Interventional NLL by the clean protocol and by the paper's, and every cell of the latter."""
+    scores: Scores = {}
     for protocol in ("clean", "paper"):
         nll = evaluate.interventional_nll(
             fit,
             new,
             protocol=protocol,
-            n_particles=effort.n_particles,
+            n_particles=n_particles,
             n_rounds=N_ROUNDS,
             max_scored=MAX_SCORED,
             adapt=settings.get("gates") != "closed",
@@ -323,10 +349,7 @@ def _trained(
         scores[f"i_nll_{protocol}"] = nll.attrs["interventional_nll"]
         scores[f"pareto_k_bad_{protocol}"] = float((nll["pareto_k"] > 0.7).mean())
     scores["pareto_k_bad"] = scores["pareto_k_bad_clean"]
-    at = held.obs_names.get_indexer(nll["cell"].to_numpy())  # nll is the paper's protocol here: all cells
-    match = evaluate.matching(held.obsm["z"][at], nll["latent"].to_numpy())
-    scores["pearson_mcc_heldout"] = float(np.abs(match.correlation_m).mean())
-    return scores
+    return scores, nll
 
 
 def _true_graph(adata: ad.AnnData, targets: Sequence[str]) -> np.ndarray:
@@ -365,16 +388,8 @@ def _reference(method: str, train: ad.AnnData, held: ad.AnnData, seed: int, effo
         rows = np.random.default_rng(seed).choice(held.n_obs, n_cells, replace=False)
         nll = float(simulate.oracle_nll(held, np.sort(rows), seed=seed).mean())
         return {"i_nll_clean": nll, "i_nll_paper": nll}
-    if method == "training mean":
-        nll_n = _count_nll(_counts(train), _counts(held))
-        return {"i_nll_clean": float(nll_n.mean()), "i_nll_paper": float(nll_n.mean())}
-    if method == "condition mean":
-        parts, rng = [], np.random.default_rng(seed)
-        for condition in held.obs["target"].unique():
-            x_ng = _counts(held[(held.obs["target"] == condition).to_numpy()])
-            half = np.array_split(rng.permutation(len(x_ng)), 2)
-            parts.append(_count_nll(x_ng[half[0]], x_ng[half[1]]).mean())
-        return {"i_nll_clean": float(np.mean(parts))}
+    if method in MEANS:
+        return mean_scores(method, train, held, "target", seed)
     x_ng = _counts(train)
     logged = np.log1p(x_ng / np.maximum(x_ng.sum(1, keepdims=True), 1) * 1e4)
     z_nk = PCA(train.obsm["z"].shape[1], random_state=seed).fit_transform(logged).astype(np.float32)
@@ -384,6 +399,19 @@ def _reference(method: str, train: ad.AnnData, held: ad.AnnData, seed: int, effo
         z_nk = z_nk @ turn.map_kk.numpy().T
     few = effort.n_kernel_cells
     return dict(evaluate.recovery(train.obsm["z"], z_nk, n_kernel_cells=few, seed=seed))
+
+
+def mean_scores(method: str, train: ad.AnnData, held: ad.AnnData, column: str, seed: int) -> Scores:
+    """Likelihood of held-out cells under a mean: of all training cells, or of half of their own condition."""
+    if method == "training mean":
+        nll = float(_count_nll(_counts(train), _counts(held)).mean())
+        return {"i_nll_clean": nll, "i_nll_paper": nll}
+    parts, rng = [], np.random.default_rng(seed)
+    for condition in held.obs[column].unique():
+        x_ng = _counts(held[(held.obs[column] == condition).to_numpy()])
+        half = np.array_split(rng.permutation(len(x_ng)), 2)
+        parts.append(_count_nll(x_ng[half[0]], x_ng[half[1]]).mean())
+    return {"i_nll_clean": float(np.mean(parts))}
 
 
 def _count_nll(fitted_ng: np.ndarray, scored_ng: np.ndarray) -> np.ndarray:
@@ -445,7 +473,7 @@ def _reliability(rows: pd.DataFrame) -> pd.DataFrame:
     return evaluate.reliability(probability, truth)
 
 
-def _best(fit: inference.Fit) -> float:
+def best_validation_loss(fit: inference.Fit) -> float:
     """Lowest validation −ELBO of the last stage, once no term was annealed any more."""
     stage = fit.history["stage"]
     whole = fit.history.index >= max(fit.training["warmup"].values(), default=1) - 1
