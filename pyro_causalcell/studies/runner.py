@@ -180,16 +180,20 @@ def run_jobs(
     folder = (Path(out) / "jobs").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     todo = [job for job in jobs if not (folder / f"{job.key}.json").exists()]
-    failures: list[str] = []
+    failures: dict[str, list[str]] = {}  # what was said -> the jobs that said it
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), disable=not progress, unit="job") as bar:
         for job, error in _run(todo, work, folder, workers, executor):
             bar.update()
             if error is not None:
-                failures.append(f"{job.key}: {error}")
+                failures.setdefault(error, []).append(job.key)
     if failures:
-        listed = "\n".join(failures[:10])
+        said = [
+            (keys[0] + (f" and {len(keys) - 1} more" if keys[1:] else ""), e) for e, keys in failures.items()
+        ]
+        listed = "\n".join(f"{who}: {error}" for who, error in said[:10])
         raise CausalCellError(
-            f"{len(failures)} of {len(jobs)} jobs failed; run the study again to retry them:\n{listed}"
+            f"{sum(map(len, failures.values()))} of {len(jobs)} jobs failed; run the study again to retry "
+            f"them:\n{listed}"
         )
     rows = [json.loads((folder / f"{job.key}.json").read_text()) for job in jobs]
     return pd.DataFrame(rows)

@@ -91,6 +91,20 @@ def test_a_killed_worker_takes_only_its_own_job(session: Session) -> None:
     assert f"{session.jobs[0].key}: its worker process died 3 times" in session.error
 
 
+def _refuse(job: Job, folder: Path) -> dict[str, float]:
+    raise ValueError("wrong file" if job.seed else "too short")
+
+
+def test_what_several_jobs_say_is_told_once(tmp_path: Path) -> None:
+    jobs = [Job("s", "a", "m", seed) for seed in range(4)]
+    with pytest.raises(CausalCellError) as told:
+        run_jobs(jobs, _refuse, tmp_path, progress=False)
+    text = str(told.value)
+    assert "4 of 4 jobs failed" in text and text.count("wrong file") == 1
+    assert f"{jobs[0].key}: ValueError: too short" in text
+    assert f"{jobs[1].key} and 2 more: ValueError: wrong file" in text
+
+
 def test_a_job_that_raises_is_reported(session: Session) -> None:
     assert f"{session.jobs[3].key}: ValueError: no such luck" in session.error
     workers = [line.split() for line in session.first]
