@@ -121,7 +121,6 @@ def read_replogle2022(
             f"and {int(keep_g.sum())} genes; targets are values of obs['gene'], genes of var['gene_name']"
         )
     adata = backed[keep_n, keep_g].to_memory()
-    backed.file.close()
     _name_cells(adata, label_n[keep_n], adata.obs["sgID_AB"], adata.obs["gem_group"])
     adata.uns["source"] = "Replogle et al. 2022, Cell; single-cell h5ad of gwps.wi.mit.edu"
     adata.uns["dropped_cells"] = {"targets not asked for": int((~keep_n).sum())}
