@@ -16,6 +16,7 @@ from pyro_causalcell.guides.weight_variant_scm import WeightVariantSCMGuide
 from pyro_causalcell.models.sparse_shift import SparseShift
 from pyro_causalcell.models.temporal_scm import LEAST_SCALE, TemporalSCM
 from pyro_causalcell.models.weight_variant_scm import WeightVariantSCM
+from pyro_causalcell.nets import AdditiveMaps
 from pyro_causalcell.penalties import mmd_by_group
 
 __all__ = ["FastNB", "sparse_shift", "temporal_scm", "weight_variant_scm"]
@@ -156,26 +157,34 @@ def temporal_scm(model: TemporalSCM, guide: TemporalSCMGuide, batch: Batch, fast
     place_r, situation_n = torch.unique(batch.condition_n * n_times + time_n, return_inverse=True)
     condition_r, time_r = place_r // n_times, place_r % n_times
     u_rp = torch.eye(model.n_targets + 1, dtype=z_nk.dtype)[condition_r, 1:]
-    chosen_m = torch.randperm(model.memory_ctmk.shape[2])[: model.n_sources]
-    past_rmk = model.memory_ctmk[condition_r, (time_r - 1).clamp(min=0)][:, chosen_m]
+    past_rmk = model.memory_ctmk[condition_r, (time_r - 1).clamp(min=0)]  # as many as are looked at
     start_rk = torch.cat([z_nk.new_zeros(len(place_r), n_l), u_rp @ start_pv], 1)
-    torch.randn_like(past_rmk)  # pasts of the first snapshot, which has none
+    torch.randn_like(past_rmk[0])  # pasts of the first snapshot, which has none
 
-    past_rml = past_rmk[..., :n_l]
-    loc_rml = model.invariant_offset_l + past_rml @ model.invariant_weight_ll.T
-    loc_rml = loc_rml + model.invariant_map(past_rml).sum(-1)
-    effect_rmvk = model.responsive_map(past_rmk) + weight_vk * past_rmk.unsqueeze(-2)
-    pushed_rmv = model.responsive_offset_v + (edge_vk * effect_rmvk).sum(-1)
-    unsure_rmv = (edge_vk * (1 - edge_vk) * effect_rmvk**2).sum(-1)
+    past_rkm = past_rmk.mT.contiguous()
+    past_rlm = past_rkm[:, :n_l]
+    loc_rlm = _times(model.invariant_weight_ll, past_rlm)
+    bent_rlm = _bends(model.invariant_map, past_rlm)
+    loc_rlm = loc_rlm + _times(model.invariant_map.size_oib.flatten(1), bent_rlm.flatten(1, 2))
+    loc_rml = model.invariant_offset_l + loc_rlm.mT
+    part_rkfm = torch.cat([_bends(model.responsive_map, past_rkm), past_rkm.unsqueeze(2)], 2)
+    slope_vkf = torch.cat([model.responsive_map.size_oib, weight_vk.unsqueeze(-1)], -1)
+    pushed_rvm = _times((edge_vk.unsqueeze(-1) * slope_vkf).flatten(1), part_rkfm.flatten(1, 2))
+    pushed_rmv = model.responsive_offset_v + pushed_rvm.mT
+    product_rkff = part_rkfm @ part_rkfm.mT / part_rkfm.shape[-1]
+    slopes_vkff = slope_vkf.unsqueeze(-1) * slope_vkf.unsqueeze(-2)
+    slopes_vkff = (edge_vk * (1 - edge_vk))[..., None, None] * slopes_vkff
+    unsure_rv = product_rkff.flatten(1) @ slopes_vkff.flatten(1).T
     dose_rp1 = u_rp.unsqueeze(-1)
     keep_r1v = (1 - dose_rp1 * cut_pv).prod(1, keepdim=True)
     ratio_rpv = torch.exp(-2 * dose_rp1 * log_scale_pv)
     tilted_rpv = gate_pv * ratio_rpv / (1 - gate_pv + gate_pv * ratio_rpv)
     shift_r1v = (dose_rp1 * tilted_rpv * shift_pv).sum(1, keepdim=True)
     shift_var_rv = (dose_rp1**2 * tilted_rpv * (1 - tilted_rpv) * shift_pv**2).sum(1)
-    variance_rmv = keep_r1v * (pushed_rmv**2 + unsure_rmv) - keep_r1v**2 * pushed_rmv**2
+    keep_rv, square_rv = keep_r1v.squeeze(1), (pushed_rmv**2).mean(1)
+    variance_rv = keep_rv * (square_rv + unsure_rv) - keep_rv**2 * square_rv
     is_start_r1 = time_r.unsqueeze(1) == 0
-    slack_rv = torch.where(is_start_r1, 0.0, variance_rmv.mean(1) + shift_var_rv)
+    slack_rv = torch.where(is_start_r1, 0.0, variance_rv + shift_var_rv)
     loc_rmk = torch.cat([loc_rml, keep_r1v * pushed_rmv + shift_r1v], -1)
     loc_rmk = torch.where(is_start_r1.unsqueeze(1), start_rk.unsqueeze(1), loc_rmk)
     log_scale_l, log_scale_v = (
@@ -214,6 +223,17 @@ def temporal_scm(model: TemporalSCM, guide: TemporalSCMGuide, batch: Batch, fast
     log_x_n = _log_x(model, z_nk, batch, fast)
     loss: Tensor = (log_q_n - log_p_n - log_x_n).sum() / n + guide.alpha * distance + kl / batch.n_total
     return loss
+
+
+def _times(left_oi: Tensor, x_rim: Tensor) -> Tensor:
+    """left @ x of each situation."""
+    return torch.bmm(left_oi.expand(len(x_rim), -1, -1), x_rim)
+
+
+def _bends(maps: AdditiveMaps, x_rim: Tensor) -> Tensor:
+    """What bent effects are made of, shape r, i, b, m."""
+    slope_ib1, place_ib1 = maps.slope_ib.unsqueeze(-1), maps.place_ib.unsqueeze(-1)
+    return torch.tanh(slope_ib1 * (x_rim.unsqueeze(2) - place_ib1))
 
 
 def _rate(gate_pk: Tensor, alpha: float) -> Tensor:

@@ -33,7 +33,7 @@ from torch import Tensor
 from pyro_causalcell.data import Minibatches, Screen, read
 from pyro_causalcell.guides.sparse_shift import SparseShiftGuide
 from pyro_causalcell.inference import elbo_terms, fit
-from pyro_causalcell.inference.engine import TracedStep
+from pyro_causalcell.inference.engine import TracedStep, keep_freed_memory
 from pyro_causalcell.inference.pair import Pair
 from pyro_causalcell.models.sparse_shift import SparseShift
 
@@ -167,12 +167,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=195, help="minibatches of a measured epoch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the file is written; it is deleted afterwards")
-    parser.add_argument("--only", choices=["memory"], help="measure this alone")
+    parser.add_argument("--only", choices=["throughput", "memory"], help="measure this alone")
     parser.add_argument("--peak", type=Path, help=argparse.SUPPRESS)  # what the other process does
     given = parser.parse_args()
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as fit does
+    keep_freed_memory()  # as fit does
     if given.peak is not None:
         peak(given.peak, budget_gb=0.5)
         return
@@ -181,8 +182,10 @@ def main() -> None:
         write(path, given.cells, given.genes, given.targets, given.filled)
         size_gb = path.stat().st_size / 1e9
         print(f"{given.cells} cells x {given.genes} genes, simulated, {size_gb:.2f} GB on disk", flush=True)
-        if given.only is None:
-            measure(path, given.batches, given.rounds)
+        if given.only != "memory":
+            measure(path, given.batches, given.rounds, shuffling=given.only is None)
+        if given.only == "throughput":
+            return
         command = [sys.executable, __file__, "--peak", str(path)]
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         print(f"peak memory: libraries {found['libraries']:.2f} GB", end=", ")
@@ -190,8 +193,8 @@ def main() -> None:
         print(f"with an epoch of fit {found['fit']:.2f} GB ({found['epoch_s']:.0f} s)")
 
 
-def measure(path: Path, n_batches: int, rounds: int) -> None:
-    """Print cost, throughput and shuffling."""
+def measure(path: Path, n_batches: int, rounds: int, shuffling: bool) -> None:
+    """Print cost, throughput and, if asked for, shuffling."""
     pyro.enable_validation(False)  # as fit does
     screen = Screen(read(path, backed=True))
     n = min(screen.n_cells // BATCH, n_batches) * BATCH  # a recorded step takes batches of one size
@@ -213,7 +216,8 @@ def measure(path: Path, n_batches: int, rounds: int) -> None:
         ratio_r = times[:, 0, i] / times[:, 1, i]
         each = ", ".join(f"{ratio:.2f}" for ratio in ratio_r)
         print(f"throughput from disk over resident, {kind} time: {np.median(ratio_r):.2f} ({each})")
-
+    if not shuffling:
+        return
     ways["not shuffled"] = Minibatches(screen, rows, BATCH, shuffle=False, memory_budget_gb=0)
     ways["resident, other seed"] = Minibatches(screen, rows, BATCH, seed=1, memory_budget_gb=64)
     n_conditions = len(screen.conditions)

@@ -5,7 +5,7 @@ the same pair, with its defaults, and the same minibatch. ``--model`` takes anot
 
 * hand-written: eager torch, analytic KLs, the exact expectation over gates, the likelihood by ``lgamma``;
 * by-torch: the same by ``torch.compile``, with the likelihood of a recorded step;
-* eager: ``elbo_terms``, with which ``fit`` starts;
+* eager: ``EagerStep``, with which ``fit`` starts;
 * compiled: ``TracedStep``, to which ``fit`` switches where training is long enough;
 * stock: Pyro's ``TraceMeanField_ELBO``, on the same model with its table of counts;
 * svi: Pyro's ``SVI`` and ``Adam``, and for counts torch's negative binomial: what Pyro alone gives.
@@ -35,12 +35,19 @@ from pyro_causalcell.guides.sparse_shift import SparseShiftGuide
 from pyro_causalcell.guides.temporal_scm import TemporalSCMGuide
 from pyro_causalcell.guides.weight_variant_scm import WeightVariantSCMGuide
 from pyro_causalcell.inference import elbo_terms
-from pyro_causalcell.inference.engine import TOLERANCE, NotTraceableError, TracedStep
+from pyro_causalcell.inference.engine import (
+    TOLERANCE,
+    EagerStep,
+    NotTraceableError,
+    TracedStep,
+    keep_freed_memory,
+)
 from pyro_causalcell.inference.pair import Pair
 from pyro_causalcell.models.sparse_shift import SparseShift
 from pyro_causalcell.models.temporal_scm import TemporalSCM
 from pyro_causalcell.models.weight_variant_scm import WeightVariantSCM
 
+SIZES = ["128x1000", "512x2000", "128x5000"]
 CLIP = 100.0
 """Largest gradient norm: the default of ``fit``."""
 ROUNDING = 1e-8
@@ -110,7 +117,10 @@ def build(setting: Setting, **settings: str) -> tuple[nn.Module, nn.Module, Batc
     }
     if setting.family == "sparse-shift":
         shared["n_latents"] = setting.n_latents
-    sizes = {"n_cells": batch.n_total, "n_conditions": setting.n_targets + 1} if over_time else {}
+    sizes: dict[str, Any] = {}
+    if over_time:
+        sizes = {"n_cells": batch.n_total, "n_conditions": setting.n_targets + 1}
+        sizes |= {"longest_gap": 1.0, "doses_vary": False}
     model_class, guide_class, _ = FAMILIES[setting.family]
     model, guide = model_class(**shared, **sizes), guide_class(**shared)
     if over_time:  # as after the first steps: every snapshot is known
@@ -138,6 +148,7 @@ def _batch(setting: Setting, rng: np.random.Generator, control: bool = False) ->
         index_n=torch.arange(n),
         n_total=100 * n,
         time_n=time_n.float() if setting.family == "temporal-scm" else None,
+        most=1,
     )
 
 
@@ -192,6 +203,13 @@ def by_torch_stepper(
 ) -> Callable[[], None]:
     """The loss written by hand, with the fast likelihood, by ``torch.compile``."""
     return stepper(torch.compile(partial(loss, fast=True)), model, guide, batch)
+
+
+def eager_stepper(model: nn.Module, guide: nn.Module, batch: Batch) -> Callable[[], None]:
+    """The same by the engine with which ``fit`` starts."""
+    model, guide = copy.deepcopy(model), copy.deepcopy(guide)
+    eager_step = EagerStep(Pair(model, guide))
+    return _step(model, guide, lambda: eager_step(batch, {}))
 
 
 def svi_stepper(model: nn.Module, guide: nn.Module, batch: Batch) -> Callable[[], None]:
@@ -271,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="+", default=["128x1000", "512x2000"], help="cells x genes")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="cells x genes")
     parser.add_argument("--model", choices=list(FAMILIES), default="sparse-shift")
     parser.add_argument("--likelihood", choices=["nb", "poisson", "gaussian"], default="nb")
     parser.add_argument("--targets", type=int, default=100)
@@ -285,6 +303,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # as fit does
     pyro.enable_validation(False)  # as fit does
+    keep_freed_memory()  # as fit does
     print("CPU time of a step as a share of hand-written torch: median [quartiles] of the rounds' ratios")
     for size in given.sizes:
         n, g = (int(number) for number in size.split("x"))
@@ -295,6 +314,7 @@ def main() -> None:
         engines: dict[str, Loss] = {"hand-written": by_hand, "eager": eager, "stock": stock}
         check(engines, model, guide, batch)
         steppers = {name: stepper(engine, model, guide, batch) for name, engine in engines.items()}
+        steppers["eager"] = eager_stepper(model, guide, batch)
         if given.model == "sparse-shift":
             steppers["svi"] = svi_stepper(model, guide, batch)
         try:

@@ -9,7 +9,7 @@ from pyro.nn import PyroModule
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.distributions import Likelihood
-from pyro_causalcell.nets import Activation, Encoder, MaskedLinear, Norm
+from pyro_causalcell.nets import MLP, Activation, Encoder, MaskedLinear, Norm
 
 __all__ = ["DiscrepancyVAEGuide"]
 
@@ -70,6 +70,7 @@ class DiscrepancyVAEGuide(PyroModule):
                 if not genes or min(genes) < 0 or max(genes) >= n_genes:
                     raise ValueError(f"gene set {s} must hold columns from 0 to {n_genes - 1}, found {genes}")
                 mask_sg[s, list(genes)] = 1.0
+            assert isinstance(self.encoder.hidden, MLP)
             self.encoder.hidden.layers[0] = MaskedLinear(mask_sg)
 
     def forward(self, batch: Batch) -> None:

@@ -6,13 +6,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroParam
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_causalcell.batch import Batch, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, MeanFieldGate
 from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets
-from pyro_causalcell.nets import Activation, Encoder, Norm, with_interactions
+from pyro_causalcell.nets import Activation, Encoder, Network, Norm, with_interactions
 
 __all__ = ["SparseShiftGuide"]
 
@@ -45,7 +45,7 @@ class SparseShiftGuide(PyroModule):
         n_genes, n_targets, n_batches, target_cells, n_embedding: sizes of the screen.
         n_latents, likelihood, gates, alpha, interactions: as in the model.
         intervention: How the intervention enters q(z).
-        n_hidden, n_layers, norm, dropout, activation: of the encoder.
+        network, n_hidden, n_layers, norm, dropout, activation: of the encoder.
 
     Source: Lopez et al., CLeaR 2023, equation 3.
     """
@@ -64,6 +64,7 @@ class SparseShiftGuide(PyroModule):
         alpha: float | None = None,
         interactions: tuple[tuple[int, int], ...] = (),
         intervention: Literal["ignored", "input", "prior"] = "prior",
+        network: Network = "mlp",
         n_hidden: int = 128,
         n_layers: int = 2,
         norm: Norm = "batch",
@@ -96,6 +97,7 @@ class SparseShiftGuide(PyroModule):
             n_latents,
             n_batches + {"ignored": 0, "input": n_targets, "prior": n_latents}[intervention],
             log_input=likelihood != "gaussian",
+            network=network,
             n_hidden=n_hidden,
             n_layers=n_layers,
             norm=norm,
@@ -103,9 +105,7 @@ class SparseShiftGuide(PyroModule):
             activation=activation,
         )
         if intervention == "prior":  # the encoder learns about interventions from a neutral start
-            first = self.encoder.hidden.layers[0]
-            assert isinstance(first, nn.Linear)
-            nn.init.zeros_(first.weight.data[:, -n_latents:])
+            self.encoder.overlook_last(n_latents)
 
     def forward(self, batch: Batch) -> None:
         """q(π) q(γ) q(μ | γ), then q(z | x) inside the cells plate."""

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from pyro_causalcell.batch import Batch, LaggedMechanisms, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, MeanFieldGate
 from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets
-from pyro_causalcell.nets import Activation, Encoder, Norm, encoded_together
+from pyro_causalcell.nets import Activation, Encoder, Network, Norm, encoded_together
 from pyro_causalcell.penalties import alignment as align_pairs
 from pyro_causalcell.penalties import mmd_by_group
 
@@ -41,12 +41,15 @@ class TemporalSCMGuide(PyroModule):
     time and control cells of that time; ``"pairs"`` α ‖e_l(x) − e_l(x₀)‖² with one control cell of that time,
     as in the paper; ``"none"`` nothing.
 
+    Where the screen knows tracks, the past of a cell is a draw from q(z | x) of the same cell at the time
+    before.
+
     Args:
         n_genes, n_targets, n_batches, target_cells, n_embedding, times: sizes of the screen.
         n_invariant, n_responsive, likelihood, gates, edges, graph: as in the model.
         alignment: See above.
         alpha: α, nats per cell.
-        n_hidden, n_layers, norm, dropout, activation: of the encoder.
+        network, n_hidden, n_layers, norm, dropout, activation: of the encoder.
 
     Source: CITE-VAE (arXiv 2605.25581), equations 13 and 17.
     """
@@ -68,6 +71,7 @@ class TemporalSCMGuide(PyroModule):
         graph: Literal["full", "triangular"] = "full",
         alignment: Literal["mmd", "pairs", "none"] = "mmd",
         alpha: float = 100.0,
+        network: Network = "mlp",
         n_hidden: int = 128,
         n_layers: int = 2,
         norm: Norm = "batch",
@@ -108,6 +112,7 @@ class TemporalSCMGuide(PyroModule):
             n_programmes,
             n_batches,
             log_input=likelihood != "gaussian",
+            network=network,
             n_hidden=n_hidden,
             n_layers=n_layers,
             norm=norm,
@@ -126,6 +131,11 @@ class TemporalSCMGuide(PyroModule):
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             control = None if self.alignment == "none" else batch.control
             loc_nk, scale_nk, control_nk = encoded_together(self.encoder, batch, control)
+            if batch.previous is not None:
+                past = batch.previous
+                past_loc_nk, past_scale_nk = self.encoder(past.x_ng, past.batch_nb)
+                past_nk = past_loc_nk + past_scale_nk * torch.randn_like(past_loc_nk)
+                pyro.sample("z_past", dist.Delta(past_nk, event_dim=1))
             sizes = [self.n_invariant, self.n_responsive]
             (loc_nl, loc_nv), (scale_nl, scale_nv) = loc_nk.split(sizes, -1), scale_nk.split(sizes, -1)
             pyro.sample("z_invariant", dist.Normal(loc_nl, scale_nl).to_event(1))  # q(z_l | x)

@@ -18,7 +18,7 @@ from pyro_causalcell.distributions import (
     spread,
 )
 from pyro_causalcell.embeddings import expected_effects, expected_gates
-from pyro_causalcell.nets import Activation, Decoder, Norm, straight_through, with_interactions
+from pyro_causalcell.nets import Activation, Decoder, Network, Norm, straight_through, with_interactions
 from pyro_causalcell.penalties import beta_sparsity, edge_cost
 
 __all__ = ["PRESETS", "SparseShift"]
@@ -99,6 +99,7 @@ class SparseShift(PyroModule):
         alpha: Beta shape, or weight of the L1 penalty; the number of targets when left out.
         sparsity: Penalty of ``gates="sampled"``.
         interactions: Pairs of targets that get a gated shift of their own in cells that carry both.
+        network: ``"mlp"``, or ``"image"`` where x are the pixels (y, x, rgb) of an image.
         n_hidden, n_layers, norm, activation: of the decoder.
 
     Raises:
@@ -127,6 +128,7 @@ class SparseShift(PyroModule):
         alpha: float | None = None,
         sparsity: Literal["beta", "l1"] = "beta",
         interactions: tuple[tuple[int, int], ...] = (),
+        network: Network = "mlp",
         n_hidden: int = 128,
         n_layers: int = 2,
         norm: Norm = "batch",
@@ -153,6 +155,7 @@ class SparseShift(PyroModule):
             n_latents,
             n_genes,
             n_batches,
+            network=network,
             n_hidden=n_hidden,
             n_layers=n_layers,
             norm=norm,

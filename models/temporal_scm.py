@@ -1,5 +1,6 @@
 """Latent temporal SCM: responses unfold between snapshots through a sparse lagged graph."""
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import pyro
@@ -15,12 +16,13 @@ from pyro_causalcell.distributions import (
     Likelihood,
     PopulationNormal,
     TransitionMixture,
+    TransportMixture,
     measurement,
     spread,
 )
 from pyro_causalcell.embeddings import expected_effects, expected_gates
-from pyro_causalcell.nets import Activation, AdditiveMaps, Decoder, Norm
-from pyro_causalcell.penalties import edge_cost
+from pyro_causalcell.nets import Activation, AdditiveMaps, Decoder, Network, Norm, times
+from pyro_causalcell.penalties import edge_cost, potentials, sinkhorn_divergence, transport_cost
 
 __all__ = ["PRESETS", "TemporalSCM"]
 
@@ -28,6 +30,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "no-alignment": {"alignment": "none"},
     "no-sparsity": {"gates": "open", "edges": "open"},
     "independent-pairs": {"join": "mixture", "n_sources": 1},
+    "transport": {"join": "transport", "n_sources": 32},
+    "sinkhorn": {"join": "sinkhorn", "n_sources": 32},
     "paper": {
         "gates": "open",
         "edges": "open",
@@ -43,8 +47,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 what is known of the paper's settings: a strictly lower triangular lagged graph under an L1 penalty, one
 random cell of the snapshot before as the past of a cell, and alignment with a random control cell."""
 
+ODE_STEP = 0.5
+"""Length of the steps of the fourth-order Runge-Kutta method, as a share of a step of the model."""
 LEAST_SCALE = 0.05
 """Smallest standard deviation of an innovation: a mixture over sampled pasts cannot resolve less."""
+
+
+EACH_PAST = ("mixture", "transport")
+"""Ways of joining snapshots that look at every past, where others need moments over pasts."""
 
 
 class Mechanism(NamedTuple):
@@ -77,7 +87,7 @@ class Law(NamedTuple):
             torch.where(other_r1.unsqueeze(-1), 0.0, self.slack_rmk),
         )
 
-    def mixture(self, situation_n: Tensor, logits_nm: Tensor | None = None) -> TransitionMixture:
+    def mixture(self, situation_n: Tensor | slice, logits_nm: Tensor | None = None) -> TransitionMixture:
         """The mixture over pasts, for cells in these situations."""
         loc_nmk, log_scale_nk, precision_nk, slack_nmk = (part[situation_n] for part in self)
         return TransitionMixture(loc_nmk, log_scale_nk, precision_nk, slack_nmk, logits_nm)
@@ -89,14 +99,18 @@ class Law(NamedTuple):
 
 
 def moments(*laws: Law) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, Cholesky factor of the covariance, and slack of the programmes, over the possible pasts."""
+    """Mean, Cholesky factor of the covariance, and slack of the programmes, over the possible pasts.
+
+    A covariance that cannot be factored, as of numbers out of range, gives no number.
+    """
     loc_rmk = torch.cat([law.loc_rmk for law in laws], -1)
     noise_rk = torch.cat([torch.exp(2 * law.log_scale_rk) for law in laws], -1)
     loc_rk = loc_rmk.mean(-2)
     left_rmk = loc_rmk - loc_rk.unsqueeze(-2)
     between_rkk = left_rmk.mT @ left_rmk / max(loc_rmk.shape[-2] - 1, 1)
-    root_rkk = torch.linalg.cholesky(between_rkk + torch.diag_embed(noise_rk))
-    return loc_rk, root_rkk, torch.cat([law.slack_rmk for law in laws], -1).mean(-2)
+    root_rkk, fault_r = torch.linalg.cholesky_ex(between_rkk + torch.diag_embed(noise_rk))
+    root_rkk = torch.where(fault_r[:, None, None] > 0, torch.nan, root_rkk)
+    return loc_rk, root_rkk, torch.cat([law.slack_rmk.mean(-2) for law in laws], -1)
 
 
 class TemporalSCM(PyroModule):
@@ -127,8 +141,20 @@ class TemporalSCM(PyroModule):
     snapshot before (``join="mixture", n_sources=1``, as in the paper) teaches transitions to forget, for
     given the condition the two are independent.
 
+    Two more ways are there for comparison; both train the transitions, and leave likelihood and predictions
+    to the moments. ``join="transport"`` lets a cell come from the pasts that entropic optimal transport
+    couples it with, from where they have moved to the cells of its snapshot. ``join="sinkhorn"`` gives each
+    snapshot a normal law of its own, and charges the Sinkhorn divergence between its cells and where the
+    pasts have moved.
+    Both take time in proportion to ``n_sources`` squared; 32 are enough.
+
+    Where the screen knows tracks (``track=``), a cell's past is no secret: it is drawn from q(z | x) of the
+    same cell at the time before (site ``z_past``), and p(z^{t+1}) is its transition alone.
+
     A gap between snapshots is divided into equal steps no longer than the shortest gap; a step of a part h of
-    it goes z + h (f(z) - z), with noise of variance h σ².
+    it goes z + h (f(z) - z), with noise of variance h σ². With ``transition="ode"`` it goes to where the
+    differential equation dz/dt = f(z) - z leads in that time, so that programmes act on each other within a
+    step as well; the variance that uncertain gates give to where it leads is then that of a straight step.
 
     Where the screen has ``embeddings``, shifts and starts are centred on linear functions of them and the
     rate of gates follows the size of the expected shift, in place of π and τ (see
@@ -155,8 +181,8 @@ class TemporalSCM(PyroModule):
     below.
 
     Args:
-        n_genes, n_targets, n_batches, target_cells, n_embedding, n_cells, n_conditions, times: sizes of the
-            screen (see ``Dims``).
+        n_genes, n_targets, n_batches, target_cells, n_embedding, n_cells, n_conditions, times, longest_gap,
+            doses_vary: sizes of the screen (see ``Dims``).
         n_invariant, n_responsive: Programmes l and v.
         likelihood: ``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values.
         gates: ``"posterior"``, or ``"open"``: every perturbation may change every mechanism.
@@ -164,13 +190,17 @@ class TemporalSCM(PyroModule):
         graph: ``"full"``, or ``"triangular"``: responsive programmes act on later ones alone, and not on
             themselves.
         l1: Nats for a unit of absolute slope of an edge.
-        transition: ``"additive"``: the effect of an edge may bend; ``"linear"``.
-        join: ``"moments"`` or ``"mixture"``: how the transitions of possible pasts make up p(z).
+        transition: ``"additive"``: the effect of an edge may bend; ``"linear"``; ``"ode"``: effects that may
+            bend act all along a step, see above.
+        join: ``"moments"`` or ``"mixture"``: how the transitions of possible pasts make up p(z);
+            ``"transport"`` or ``"sinkhorn"``: what joins them in training, see above.
         n_sources: Possible pasts that are looked at in a step.
         memory: Cells that are remembered of each condition and snapshot.
+        blur: Weight of the entropy in ``"transport"`` and ``"sinkhorn"``, a squared distance of programmes.
         min_effect: Smallest change worth a gate, in standard deviations of a programme.
         min_weight: Smallest slope worth an edge.
         shift_scale: τ.
+        network: ``"mlp"``, or ``"image"`` where x are the pixels (y, x, rgb) of an image.
         n_hidden, n_layers, norm, activation: of the decoder.
 
     Source: CITE-VAE (arXiv 2605.25581), equations 2 to 4. Gates, the population transition and its bound are
@@ -193,6 +223,8 @@ class TemporalSCM(PyroModule):
         n_cells: int = 1,
         n_conditions: int = 1,
         times: tuple[float, ...] = (0.0, 1.0),
+        longest_gap: float | None = None,
+        doses_vary: bool = True,
         *,
         n_invariant: int = 10,
         n_responsive: int = 6,
@@ -201,13 +233,15 @@ class TemporalSCM(PyroModule):
         edges: Literal["posterior", "open"] = "posterior",
         graph: Literal["full", "triangular"] = "full",
         l1: float = 0.0,
-        transition: Literal["additive", "linear"] = "additive",
-        join: Literal["moments", "mixture"] = "moments",
+        transition: Literal["additive", "linear", "ode"] = "additive",
+        join: Literal["moments", "mixture", "transport", "sinkhorn"] = "moments",
         n_sources: int = 128,
         memory: int = 128,
+        blur: float = 0.3,
         min_effect: float = 0.5,
         min_weight: float = 0.15,
         shift_scale: float = 2.0,
+        network: Network = "mlp",
         n_hidden: int = 128,
         n_layers: int = 2,
         norm: Norm = "batch",
@@ -224,7 +258,7 @@ class TemporalSCM(PyroModule):
         self.needs = {"time", "normalised" if likelihood == "gaussian" else "counts"}
         self.n_targets, self.n_invariant, self.n_responsive = n_targets, n_invariant, n_responsive
         self.gates, self.edges, self.graph, self.l1 = gates if n_targets else "open", edges, graph, l1
-        self.join, self.n_sources = join, n_sources
+        self.join, self.n_sources, self.blur = join, n_sources, blur
         self.shift_scale, self.axes_sought = shift_scale, False
         self.min_effect, self.min_weight, self.n_cells = min_effect, min_weight, n_cells
         n_programmes = n_invariant + n_responsive
@@ -241,9 +275,11 @@ class TemporalSCM(PyroModule):
         self.register_buffer("memory_ctmk", torch.zeros(n_conditions, len(times), memory, n_programmes))
         self.register_buffer("filled_ct", torch.zeros(n_conditions, len(times), dtype=torch.bool))
         gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
-        self.unit = min(gaps)
+        self.unit, self.doses_vary = min(gaps), doses_vary
+        self.longest_gap = times[-1] - times[0] if longest_gap is None else longest_gap
         # f_l and f_v
-        bends = 4 if transition == "additive" else 0
+        bends = 0 if transition == "linear" else 4
+        self.follows_ode = transition == "ode"
         self.invariant_map = AdditiveMaps(n_invariant, n_invariant, bends)
         self.invariant_weight_ll = PyroParam(0.5 * torch.eye(n_invariant))
         self.invariant_offset_l = PyroParam(torch.zeros(n_invariant))
@@ -258,6 +294,7 @@ class TemporalSCM(PyroModule):
             n_programmes,
             n_genes,
             n_batches,
+            network=network,
             n_hidden=n_hidden,
             n_layers=n_layers,
             norm=norm,
@@ -271,7 +308,13 @@ class TemporalSCM(PyroModule):
 
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             situations, situation_n = self.situations(batch)
-            z_nk = self.programmes(*self.laws(situations, mechanism), situation_n)
+            laws = self.laws(situations, mechanism, self.own_past(batch))
+            if self.training and self.join == "sinkhorn" and not self.axes_sought and batch.previous is None:
+                laws = self.apart(situations, situation_n, *laws)
+            if self.training and self.join == "transport" and laws[0].loc_rmk.shape[-2] > 1:
+                z_nk = self.transported(*laws, situations, situation_n)
+            else:
+                z_nk = self.programmes(*laws, situation_n)
             self.remember(batch, z_nk)
             output_ng = self.decoder(z_nk, batch.batch_nb)
             p_x = measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g)
@@ -315,17 +358,42 @@ class TemporalSCM(PyroModule):
         zero_pv = self.allowed_vk.new_zeros(self.n_targets, self.n_responsive)
         return zero_pv, zero_pv + self.shift_scale
 
-    def situations(self, batch: Batch) -> tuple[Batch, Tensor]:
-        """The distinct conditions, times and designs of the cells, r, and which of them each cell is in."""
+    def situations(self, batch: Batch) -> tuple[Batch, Tensor | slice]:
+        """The distinct conditions, times and designs of the cells, r, and which of them each cell is in.
+
+        A step of training is recorded, so no size may depend on values: r are then all cells, or all
+        conditions at all times where those are fewer.
+        """
         assert batch.time_n is not None
+        few_places = batch.n_cells > self.filled_ct.numel() and not self.doses_vary
+        if batch.previous is not None or (self.training and not few_places):  # a tracked past is its own
+            return batch, slice(None)
+        if self.training:
+            place_n = batch.condition_n * len(self.times_t) + self.snapshot(batch.time_n)
+            cell_n = torch.arange(batch.n_cells, device=place_n.device)
+            # places without cells repeat the first cell
+            cell_r = place_n.new_zeros(self.filled_ct.numel()).scatter(0, place_n, cell_n)
+            u_rp, condition_r, time_r = (
+                part[cell_r] for part in (batch.u_np, batch.condition_n, batch.time_n)
+            )
+            return batch._replace(u_np=u_rp, condition_n=condition_r, time_n=time_r), place_n
         key_nq = torch.cat([batch.condition_n.unsqueeze(-1), batch.time_n.unsqueeze(-1), batch.u_np], -1)
         key_rq, situation_n = torch.unique(key_nq, dim=0, return_inverse=True)
         distinct = batch._replace(u_np=key_rq[:, 2:], condition_n=key_rq[:, 0].long(), time_n=key_rq[:, 1])
         return distinct, situation_n
 
-    def programmes(self, invariant: Law, responsive: Law, situation_n: Tensor) -> Tensor:
+    def own_past(self, batch: Batch) -> Tensor | None:
+        """Programmes of the same cells at the time before, n, k, as the guide drew them."""
+        if batch.previous is None:
+            return None
+        zero_nk = batch.u_np.new_zeros(batch.n_cells, self.n_invariant + self.n_responsive)
+        law = dist.Normal(zero_nk, 1.0).to_event(1)
+        past_nk: Tensor = pyro.sample("z_past", law.mask(False))  # its own law is a term of the cell before
+        return past_nk if past_nk.dim() == 2 else past_nk[0]
+
+    def programmes(self, invariant: Law, responsive: Law, situation_n: Tensor | slice) -> Tensor:
         """z_l and z_v, n, k, where each possible past is as likely."""
-        if self.join == "mixture":
+        if self.join == "mixture" or invariant.loc_rmk.shape[-2] == 1:  # the same where a past is known
             p_z_nl = invariant.mixture(situation_n)
             z_nl = pyro.sample("z_invariant", p_z_nl)  # p(z_l)
             # z_l tells which past it may have been
@@ -341,12 +409,61 @@ class TemporalSCM(PyroModule):
         z_nv = pyro.sample("z_responsive", p_z_nv)  # p(z_v | z_l, u)
         return torch.cat([z_nl, z_nv], -1)
 
-    def laws(self, batch: Batch, mechanism: Mechanism) -> tuple[Law, Law]:
-        """Laws of z_l and z_v of each cell, given each of its possible pasts."""
+    def transported(
+        self, invariant: Law, responsive: Law, batch: Batch, situation_n: Tensor | slice
+    ) -> Tensor:
+        """z_l and z_v, n, k, from the pasts that transport couples each cell with, from where they moved."""
+        cells_rsk, known_r11 = self.remembered(batch)
+        moved_rmk = torch.cat([invariant.loc_rmk, responsive.loc_rmk], -1).detach()
+
+        def priced(n_k: int) -> Tensor:
+            price_rm, _ = potentials(transport_cost(moved_rmk[..., :n_k], cells_rsk[..., :n_k], self.blur))
+            return torch.where(known_r11.squeeze(-1), price_rm, 0.0)[situation_n]
+
+        p_z_nl = TransportMixture(invariant.mixture(situation_n), priced(self.n_invariant), self.blur)
+        z_nl = pyro.sample("z_invariant", p_z_nl)
+        spent_nm = p_z_nl.priced(z_nl) - p_z_nl.price_nm
+        price_nm = priced(self.n_invariant + self.n_responsive) + spent_nm
+        p_z_nv = TransportMixture(responsive.mixture(situation_n), price_nm, self.blur)
+        return torch.cat([z_nl, pyro.sample("z_responsive", p_z_nv)], -1)
+
+    def apart(
+        self, batch: Batch, situation_n: Tensor | slice, invariant: Law, responsive: Law
+    ) -> tuple[Law, Law]:
+        """Laws of their own for later snapshots, charged with what the transitions miss of their cells."""
+        cells_rsk, known_r11 = self.remembered(batch)
+        moved_rmk = torch.cat([invariant.draw(), responsive.draw()], -1)
+        assert batch.time_n is not None
+        is_later_r = batch.time_n > self.times_t[0]
+        missed_r = sinkhorn_divergence(moved_rmk, cells_rsk, self.blur)
+        missed_r = torch.where(is_later_r & known_r11.flatten(), missed_r, 0.0)
+        missed_n = missed_r.expand(len(is_later_r))[situation_n]
+        pyro.factor("missed", -missed_n)
+        own_laws = self.free_laws(batch)
+        starts = (invariant.loc_rmk.mean(-2), responsive.loc_rmk.mean(-2))
+        invariant, responsive = (
+            law.where(~is_later_r, start) for law, start in zip(own_laws, starts, strict=True)
+        )
+        return invariant, responsive
+
+    def remembered(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cells of each situation as they were drawn lately, r, s, k, and whether there are any, r, 1, 1."""
+        place = (batch.condition_n, self.snapshot(batch.time_n))
+        cells_rsk = self.memory_ctmk[place]
+        chosen_s = torch.randperm(cells_rsk.shape[1], device=cells_rsk.device)[: self.n_sources]
+        return cells_rsk[:, chosen_s], self.filled_ct[place][:, None, None]
+
+    def laws(self, batch: Batch, mechanism: Mechanism, own_past_nk: Tensor | None = None) -> tuple[Law, Law]:
+        """Laws of z_l and z_v of each cell, given each of its possible pasts, or its own."""
         if self.axes_sought:
             return self.free_laws(batch)
         assert batch.time_n is not None
-        past_rmk, is_past_r, from_r = self.past(batch, mechanism)
+        if own_past_nk is None:
+            past_rmk, is_past_r, from_r = self.past(batch, mechanism)
+        else:
+            assert batch.previous is not None and batch.previous.time_n is not None
+            past_rmk, from_r = own_past_nk.unsqueeze(-2), batch.previous.time_n
+            is_past_r = from_r < batch.time_n
         past_rmk, step_r = self.roll(past_rmk, batch.u_np, from_r, batch.time_n, mechanism)
         invariant, responsive = self.step(past_rmk, batch.u_np, step_r, mechanism)
         is_start_r = ~is_past_r & (batch.time_n <= self.times_t[0])
@@ -377,13 +494,18 @@ class TemporalSCM(PyroModule):
         known_rt = self.filled_ct[condition_r] & before_rt & is_known_r.unsqueeze(-1)
         last_r = (known_rt * torch.arange(1, len(self.times_t) + 1, device=known_rt.device)).argmax(-1)
         is_past_r = known_rt.any(-1)
-        n_kept, n_drawn = self.memory_ctmk.shape[2], self.n_sources if self.training else None
-        chosen_m = torch.randperm(n_kept, device=last_r.device)[:n_drawn]
-        seen_rmk = self.memory_ctmk[condition_r, last_r][:, chosen_m]
+        chosen_m = torch.arange(self.memory_ctmk.shape[2], device=last_r.device)
+        if self.training and self.n_sources < len(chosen_m):
+            chosen_m = torch.randperm(len(chosen_m), device=last_r.device)[: self.n_sources]
+        seen_rmk = self.memory_ctmk[condition_r[:, None], last_r[:, None], chosen_m]
         start_rv = torch.cat([self._zeros(batch), batch.u_np @ mechanism.start_pv.detach()], -1)
-        drawn_rmk = start_rv.unsqueeze(-2) + torch.randn_like(seen_rmk)
+        drawn_rmk = start_rv.unsqueeze(-2) + torch.randn_like(seen_rmk[:1])
         past_rmk = torch.where(is_past_r[:, None, None], seen_rmk, drawn_rmk)
-        return past_rmk, is_past_r, torch.where(is_past_r, self.times_t[last_r], self.times_t[0])
+        from_r = torch.where(is_past_r, self.times_t[last_r], self.times_t[0])
+        if self.training:  # in the first steps, what lies further back stands in for snapshots not yet seen
+            assert batch.time_n is not None
+            from_r = torch.maximum(from_r, batch.time_n - self.longest_gap)
+        return past_rmk, is_past_r, from_r
 
     def roll(
         self, z_rmk: Tensor, u_np: Tensor, from_r: Tensor, to_r: Tensor, mechanism: Mechanism
@@ -392,24 +514,49 @@ class TemporalSCM(PyroModule):
         gap_r = (to_r - from_r).clamp(min=0.0) / self.unit
         steps_r = (gap_r - 1e-3).ceil().clamp(min=1.0)
         step_r = gap_r / steps_r
-        for done in range(1, int(steps_r.max())):
+        # in training a number that the screen fixes
+        most = math.ceil(self.longest_gap / self.unit - 1e-3) if self.training else int(steps_r.max())
+        for done in range(1, most):
             moved_rmk = torch.cat([law.draw() for law in self.step(z_rmk, u_np, step_r, mechanism)], -1)
             z_rmk = torch.where((steps_r > done)[:, None, None], moved_rmk, z_rmk)
         return z_rmk, step_r
 
     def step(self, z_rmk: Tensor, u_np: Tensor, step_r: Tensor, mechanism: Mechanism) -> tuple[Law, Law]:
         """Laws of z_l and z_v after one step from each past."""
+        laws = self.straight(z_rmk, u_np, step_r, mechanism)
+        if not self.follows_ode:
+            return laws
+
+        def field(at_rmk: Tensor) -> Tensor:
+            laws = self.straight(at_rmk, u_np, step_r, mechanism)
+            return torch.cat([law.loc_rmk for law in laws], -1) - at_rmk
+
+        moved_rmk = z_rmk
+        for _ in range(round(1 / ODE_STEP)):  # of fixed number, so that a step of training can be recorded
+            first = field(moved_rmk)
+            second = field(moved_rmk + ODE_STEP / 2 * first)
+            third = field(moved_rmk + ODE_STEP / 2 * second)
+            last = field(moved_rmk + ODE_STEP * third)
+            moved_rmk = moved_rmk + ODE_STEP / 6 * (first + 2 * second + 2 * third + last)
+        blocks = moved_rmk.split([self.n_invariant, self.n_responsive], -1)
+        invariant, responsive = (law._replace(loc_rmk=loc) for law, loc in zip(laws, blocks, strict=True))
+        return invariant, responsive
+
+    def straight(self, z_rmk: Tensor, u_np: Tensor, step_r: Tensor, mechanism: Mechanism) -> tuple[Law, Law]:
+        """Laws of z_l and z_v after one step in the direction of its start."""
         z_rml, z_rmv = z_rmk.split([self.n_invariant, self.n_responsive], -1)
         step_r1 = step_r.unsqueeze(-1)
-        bent_rmlk = self.invariant_map(z_rml)
-        target_rml = self.invariant_offset_l + bent_rmlk.sum(-1) + z_rml @ self.invariant_weight_ll.T
+        z_rkm = z_rmk.mT.contiguous()  # pasts last: what is fast on processors
+        z_rlm = z_rkm[:, : self.n_invariant]
+        pushed_rml = (times(self.invariant_weight_ll, z_rlm) + self.invariant_map.sum(z_rlm)).mT
+        target_rml = self.invariant_offset_l + pushed_rml
         log_scale_rl = self.bounded(self.invariant_log_scale_l) + 0.5 * step_r1.clamp(min=1e-6).log()
         loc_rml = z_rml + step_r1.unsqueeze(-1) * (target_rml - z_rml)
         invariant = Law(loc_rml, log_scale_rl, torch.exp(-2 * log_scale_rl), torch.zeros_like(loc_rml))
-        return invariant, self.respond(z_rmk, z_rmv, u_np, step_r1, mechanism)
+        return invariant, self.respond(z_rkm, z_rmv, u_np, step_r1, mechanism)
 
     def respond(
-        self, z_rmk: Tensor, z_rmv: Tensor, u_np: Tensor, step_r1: Tensor, mechanism: Mechanism
+        self, z_rkm: Tensor, z_rmv: Tensor, u_np: Tensor, step_r1: Tensor, mechanism: Mechanism
     ) -> Law:
         """Laws of z_v after one step, exact for binary gates, expectations for probabilities.
 
@@ -417,9 +564,7 @@ class TemporalSCM(PyroModule):
         tilts its probability.
         """
         gate_pv, edge_vk, shift_pv, log_scale_pv, cut_pv, _, weight_vk = mechanism
-        effect_rmvk = self.responsive_map(z_rmk) + weight_vk * z_rmk.unsqueeze(-2)
-        pushed_rmv = self.responsive_offset_v + (edge_vk * effect_rmvk).sum(-1)
-        unsure_rmv = (edge_vk * (1 - edge_vk) * effect_rmvk**2).sum(-1)
+        pushed_rmv, unsure_rmv = self.pushed(z_rkm, edge_vk, weight_vk)
         dose_rp1 = u_np.unsqueeze(-1)
         keep_r1v = (1 - dose_rp1 * cut_pv).prod(1).unsqueeze(1)
         square_r1v = (1 - cut_pv * (1 - (1 - dose_rp1) ** 2)).prod(1).unsqueeze(1)  # E (1 - c(u))²
@@ -429,7 +574,8 @@ class TemporalSCM(PyroModule):
         shift_rv = (dose_rp1 * tilted_rpv * shift_pv).sum(1)
         shift_var_rv = (dose_rp1**2 * tilted_rpv * (1 - tilted_rpv) * shift_pv**2).sum(1)
         target_rmv = keep_r1v * pushed_rmv + shift_rv.unsqueeze(1)
-        variance_rmv = square_r1v * (pushed_rmv**2 + unsure_rmv) - keep_r1v**2 * pushed_rmv**2
+        square_rmv = self.over_pasts(pushed_rmv**2)
+        variance_rmv = square_r1v * (square_rmv + unsure_rmv) - keep_r1v**2 * square_rmv
         step_r11 = step_r1.unsqueeze(-1)
         log_step_r1 = step_r1.clamp(min=1e-6).log()
         own_log_scale_v = self.bounded(self.responsive_log_scale_v)
@@ -439,6 +585,31 @@ class TemporalSCM(PyroModule):
             torch.exp(share_rpv.log().sum(1) - 2 * own_log_scale_v - log_step_r1),
             step_r11**2 * (variance_rmv + shift_var_rv.unsqueeze(1)),
         )
+
+    def pushed(self, z_rkm: Tensor, edge_vk: Tensor, weight_vk: Tensor) -> tuple[Tensor, Tensor]:
+        """What its parents make of each responsive programme, and the variance of that as edges may be shut.
+
+        Mixtures need the variance of every past. Moments need its mean over pasts, which is a quadratic
+        form in the slopes f of an effect.
+        """
+        part_rkfm = torch.cat([self.responsive_map.bends(z_rkm), z_rkm.unsqueeze(-2)], -2)
+        slope_vkf = torch.cat([self.responsive_map.size_oib, weight_vk.unsqueeze(-1)], -1)
+        pushed_rvm = times((edge_vk.unsqueeze(-1) * slope_vkf).flatten(-2), part_rkfm.flatten(-3, -2))
+        unsure_vk = edge_vk * (1 - edge_vk)
+        if self.join in EACH_PAST:
+            effect_rmvk = torch.einsum("rkfm,vkf->rmvk", part_rkfm, slope_vkf)
+            unsure_rmv = (unsure_vk * effect_rmvk**2).sum(-1)
+        else:
+            # twice the gradient of one side: slopes are symmetric, and the other side's would lie across
+            half_rkff = part_rkfm @ part_rkfm.detach().mT / part_rkfm.shape[-1]
+            product_rkff = 2 * half_rkff - half_rkff.detach()
+            slopes_vkff = unsure_vk[..., None, None] * slope_vkf.unsqueeze(-1) * slope_vkf.unsqueeze(-2)
+            unsure_rmv = (product_rkff.flatten(1) @ slopes_vkff.flatten(1).T).unsqueeze(1)
+        return self.responsive_offset_v + pushed_rvm.mT, unsure_rmv
+
+    def over_pasts(self, value_rmv: Tensor) -> Tensor:
+        """The mean over pasts, where moments are all that is needed."""
+        return value_rmv if self.join in EACH_PAST else value_rmv.mean(1, keepdim=True)
 
     def bounded(self, log_scale_k: Tensor) -> Tensor:
         """A log standard deviation that cannot fall below the smallest one."""
@@ -451,12 +622,11 @@ class TemporalSCM(PyroModule):
             return
         z_nk = z_nk if z_nk.dim() == 2 else z_nk[0]
         place = (batch.condition_n, self.snapshot(batch.time_n))
-        new_n = ~self.filled_ct[place]
-        if new_n.any():
-            first = (place[0][new_n], place[1][new_n])
-            self.memory_ctmk[first] = z_nk[new_n].unsqueeze(1)
-            self.filled_ct[first] = True
-        slot_n = torch.randint(self.memory_ctmk.shape[2], new_n.shape, device=new_n.device)
+        # the first cell of a snapshot fills all of it
+        kept_nmk, seen_n11 = self.memory_ctmk[place], self.filled_ct[place][:, None, None]
+        self.memory_ctmk[place] = torch.where(seen_n11, kept_nmk, z_nk.unsqueeze(1))
+        self.filled_ct[place] = True
+        slot_n = torch.randint(kept_nmk.shape[1], place[0].shape, device=z_nk.device)
         self.memory_ctmk[(*place, slot_n)] = z_nk
 
     def snapshot(self, time_n: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
-from pyro_causalcell.batch import Batch
+from pyro_causalcell.batch import Batch, carried
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, LinearSCM, measurement, spread
 from pyro_causalcell.embeddings import expected_effects, expected_gates, squared_size
 from pyro_causalcell.nets import Activation, Decoder, Norm
@@ -188,7 +188,8 @@ class WeightVariantSCM(PyroModule):
 
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             z_nl = pyro.sample("z_invariant", self.background(batch.u_np))  # p(z_l)
-            p_z_nv = self.mechanisms(batch.u_np, z_nl, gate_pv, edge_vk, *changes)
+            held = carried(batch.u_np, batch.most if self.training else None)
+            p_z_nv = self.mechanisms(held, z_nl, gate_pv, edge_vk, *changes)
             z_nv = self.responsive(p_z_nv)  # p(z_v | z_l, u)
             z_nk = torch.cat([z_nl.expand(*z_nv.shape[:-1], -1), z_nv], -1)
             output_ng = self.decoder(z_nk, batch.batch_nb)
@@ -258,7 +259,7 @@ class WeightVariantSCM(PyroModule):
 
     def mechanisms(
         self,
-        u_np: Tensor,
+        held: tuple[Tensor, Tensor],
         z_nl: Tensor,
         gate_pv: Tensor,
         edge_vk: Tensor,
@@ -269,46 +270,50 @@ class WeightVariantSCM(PyroModule):
         """p(z_v | z_l, u), exact for binary gates; for probabilities its expectation over them.
 
         A gate enters a squared residual together with the precision it sets. Weighting by that precision
-        tilts its probability: ρ = γ σ⁻² / (1 − γ + γ σ⁻²) takes the place of γ in the residual.
+        tilts its probability: ρ = γ σ⁻² / (1 − γ + γ σ⁻²) takes the place of γ in the residual. A cell looks
+        at the targets m that it holds (``carried``) alone: all of them would take n, p, v, k.
         """
-        n_l, dose_np1 = self.n_invariant, u_np.unsqueeze(-1)
-        ratio_npv = torch.exp(-2 * dose_np1 * log_scale_pv)
-        share_npv = 1 - gate_pv + gate_pv * ratio_npv
-        tilted_npv = gate_pv * ratio_npv / share_npv
-        precision_nv = torch.exp(share_npv.log().sum(1))
-        given_npv = dose_np1 * tilted_npv
-        weight_nvk = torch.einsum("npv,pvk->nvk", given_npv, weight_pvk * edge_vk)
+        n_l, (target_nm, dose_nm1) = self.n_invariant, held
+        parts_pvj = [part.unsqueeze(-1) for part in (gate_pv, shift_pv, log_scale_pv)]
+        table_pvj = torch.cat([*parts_pvj, weight_pvk], -1)  # one table: its rows are picked at once
+        rows_nmvj = table_pvj.index_select(0, target_nm.flatten()).unflatten(0, target_nm.shape)
+        gate_nmv, shift_nmv, log_scale_nmv = rows_nmvj[..., :3].unbind(-1)
+        weight_nmvk = rows_nmvj[..., 3:]
+        ratio_nmv = torch.exp(-2 * dose_nm1 * log_scale_nmv)
+        share_nmv = 1 - gate_nmv + gate_nmv * ratio_nmv
+        tilted_nmv = gate_nmv * ratio_nmv / share_nmv
+        precision_nv = torch.exp(share_nmv.log().sum(1))
+        given_nmv = dose_nm1 * tilted_nmv
+        mean_nvk = (given_nmv.unsqueeze(-1) * weight_nmvk).sum(1)
         if not self.anchored:
-            weight_nvk = weight_nvk + self.weight_vk * edge_vk
-        loc_nv = (given_npv * shift_pv).sum(1)
+            mean_nvk = mean_nvk + self.weight_vk
+        weight_nvk = mean_nvk * edge_vk
+        loc_nv = (given_nmv * shift_nmv).sum(1)
         loc_nv = loc_nv + torch.einsum("nij,...nj->...ni", weight_nvk[..., :n_l], z_nl)
         slack = None
         if self.training and "posterior" in (self.gates, self.edges):
-            slack = self.slack(u_np, z_nl, tilted_npv, edge_vk, shift_pv, weight_pvk)
-        return LinearSCM(loc_nv, weight_nvk[..., n_l:], u_np @ (gate_pv * log_scale_pv), precision_nv, slack)
+            unsure_nmv = dose_nm1**2 * tilted_nmv * (1 - tilted_nmv)
+            slack = self.slack(z_nl, unsure_nmv, mean_nvk, edge_vk, shift_nmv, weight_nmvk)
+        log_scale_nv = (dose_nm1 * gate_nmv * log_scale_nmv).sum(1)
+        return LinearSCM(loc_nv, weight_nvk[..., n_l:], log_scale_nv, precision_nv, slack)
 
     def slack(
         self,
-        u_np: Tensor,
         z_nl: Tensor,
-        tilted_npv: Tensor,
+        unsure_nmv: Tensor,
+        mean_nvk: Tensor,
         edge_vk: Tensor,
-        shift_pv: Tensor,
-        weight_pvk: Tensor,
+        shift_nmv: Tensor,
+        weight_nmvk: Tensor,
     ) -> Callable[[Tensor], Tensor]:
         """Variance of the residual of z_v that undecided gates and edges leave, as a function of z_v."""
-        dose_np1 = u_np.unsqueeze(-1)
-        unsure_npv = dose_np1**2 * tilted_npv * (1 - tilted_npv)
-        mean_nvk = torch.einsum("npv,pvk->nvk", dose_np1 * tilted_npv, weight_pvk)
-        if not self.anchored:
-            mean_nvk = mean_nvk + self.weight_vk
-        square_nvk = mean_nvk**2 + torch.einsum("npv,pvk->nvk", unsure_npv, weight_pvk**2)
+        square_nvk = mean_nvk**2 + (unsure_nmv.unsqueeze(-1) * weight_nmvk**2).sum(1)
         by_edge_nvk = edge_vk * (1 - edge_vk) * square_nvk
 
         def variance(z_nv: Tensor) -> Tensor:
             z_nk = torch.cat([z_nl.expand(*z_nv.shape[:-1], -1), z_nv], -1)
-            moved_npv = torch.einsum("...nk,pvk->...npv", z_nk, weight_pvk * edge_vk) + shift_pv
-            by_gate_nv = (unsure_npv * moved_npv**2).sum(-2)
+            moved_nmv = torch.einsum("...nk,nmvk->...nmv", z_nk, weight_nmvk * edge_vk) + shift_nmv
+            by_gate_nv = (unsure_nmv * moved_nmv**2).sum(-2)
             return by_gate_nv + torch.einsum("nvk,...nk->...nv", by_edge_nvk, z_nk**2)
 
         return variance

@@ -5,7 +5,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MOST_COLUMNS", "Batch", "Dims", "LaggedMechanisms", "Mechanisms", "Rotation"]
+__all__ = [
+    "MOST_COLUMNS",
+    "Batch",
+    "Dims",
+    "LaggedMechanisms",
+    "Mechanisms",
+    "Rotation",
+    "carried",
+]
 
 
 class Batch(NamedTuple):
@@ -23,6 +31,9 @@ class Batch(NamedTuple):
     ``n_total``     number         cells that are fitted: sets the scale of the cells plate
     ``time_n``      n              time of each cell, where the screen has one
     ``control``     Batch          anchors, for a model that needs them
+    ``previous``    Batch          where the screen knows tracks: each cell at its snapshot before, or the
+                                   cell itself where there is none
+    ``most``        number         targets that a cell of the screen carries at most, where that is known
     ==============  =============  ====================================================================
     """
 
@@ -35,6 +46,8 @@ class Batch(NamedTuple):
     n_total: int
     time_n: Tensor | None = None
     control: "Batch | None" = None
+    previous: "Batch | None" = None
+    most: int | None = None
 
     @property
     def n_cells(self) -> int:
@@ -46,6 +59,24 @@ class Batch(NamedTuple):
         fields = self._asdict().items()
         moved: dict[str, Any] = {n: f.to(device) for n, f in fields if isinstance(f, Tensor | Batch)}
         return self._replace(**moved)
+
+
+def carried(u_np: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """The targets m that each cell carries, and their doses: what a sum over them takes, not over all p.
+
+    Cells that carry fewer have others, at a dose of 0.
+
+    Args:
+        u_np: Design.
+        most: Targets that a cell carries at most. None looks, which a step that is recorded must not.
+
+    Returns:
+        Places among the targets, n, m, and doses, n, m, 1.
+    """
+    if most is None:
+        most = int((u_np != 0).sum(-1).max()) if u_np.numel() else 0
+    target_nm = u_np.abs().topk(min(max(1, most), u_np.shape[-1]), sorted=False).indices
+    return target_nm, u_np.gather(-1, target_nm).unsqueeze(-1)
 
 
 MOST_COLUMNS = 64
@@ -65,6 +96,9 @@ class Dims(NamedTuple):
         n_conditions: Conditions, control first.
         times: Times of the snapshots, sorted; empty where the screen has none.
         n_embedding: Columns of the targets' embeddings, as models see them; 0 where the screen has none.
+        longest_gap: Longest time between successive snapshots of a condition (or of a track), or from the
+            first snapshot of all to its own first; None where it is not known.
+        doses_vary: Whether cells of one condition may differ in their doses.
     """
 
     n_cells: int
@@ -75,6 +109,8 @@ class Dims(NamedTuple):
     n_conditions: int = 0
     times: tuple[float, ...] = ()
     n_embedding: int = 0
+    longest_gap: float | None = None
+    doses_vary: bool = True
 
 
 class Mechanisms(NamedTuple):

@@ -232,6 +232,7 @@ def fit(
     library: str | None = None,
     gene_symbols: str | None = None,
     twin: str | None = None,
+    track: str | None = None,
     embeddings: str | None = None,
     unseen: list[str] | str | None = None,
     min_cells: PositiveInt = 1,
@@ -289,6 +290,7 @@ def fit(
         library: Column of obs with total counts; the sum over these genes if not given.
         gene_symbols: Column of var with gene names; the index if not given.
         twin: Layer with, for each cell, a control cell of the same background, as simulations know it.
+        track: Column of obs that tells which cells are one and the same at several times, as in a film.
         embeddings: Table that describes targets (CSV file: names, then numbers), so that targets without
             training cells can be predicted; or "pca" for how each target's own gene varies over the training
             conditions.
@@ -941,7 +943,7 @@ def study(
 
     Args:
         name: The study: sparse-shift, interventional, latent-scm, norman, simulated-screen, unseen-singles,
-            joining, temporal-scm, semrau or hipsc.
+            joining, temporal-scm, semrau, hipsc or causal3dident.
         out: Folder to write: table.csv, a page of tables, figures; a folder named as the study if not
             given. A study that was stopped goes on from there.
         data: Norman 2019, for the study of that name: an h5ad file of scPerturb or CPA, or the folder with
@@ -950,7 +952,7 @@ def study(
             not given.
         methods: Only these methods; repeat it for several. The baselines are always there.
         seeds: Seeds of every fit.
-        full: The size of Norman 2019, for simulated-screen.
+        full: The size of Norman 2019, for simulated-screen; 20,000 films, on a GPU, for causal3dident.
         quick: A small size that shows that all works.
         workers: Fits to run side by side, one for each core.
         executor: What runs them: "processes" of this machine, or "ray", on one machine or several.
@@ -1441,6 +1443,7 @@ SCREEN_SETTINGS = (
     "library",
     "gene_symbols",
     "twin",
+    "track",
     "separator",
     "allow_empty",
 )
@@ -1474,6 +1477,7 @@ COMMANDS = {
         {
             "your data": "perturbation COLUMN, control NAME, no_controls, layer LAYER, batch COLUMN, "
             "separator TEXT, time COLUMN, dose COLUMN, library COLUMN, gene_symbols COLUMN, twin LAYER, "
+            "track COLUMN, "
             "embeddings FILE.csv|pca, unseen NAME, min_cells N, allow_empty, backed",
             "cells kept out of training": "validation FRACTION, test FRACTION, hold_out NAME",
             "model": "model NAME|FILE.py:Class, guide NAME|FILE.py:Class, latents K, "

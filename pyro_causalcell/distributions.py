@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroParam
 from torch import Tensor
-from torch.distributions import constraints, register_kl
+from torch.distributions import constraints, kl_divergence, register_kl
 from torch.distributions.utils import broadcast_all
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import softplus
@@ -24,6 +24,7 @@ __all__ = [
     "PopulationNormal",
     "StraightThroughGate",
     "TransitionMixture",
+    "TransportMixture",
     "UncertainMeanNormal",
     "measurement",
     "spread",
@@ -80,7 +81,9 @@ class NegativeBinomial(dist.TorchDistribution):
             raise ValueError("give inverse_dispersion and exactly one of mean and log_mean")
         self.log_mean: Tensor = mean.log() if log_mean is None else log_mean  # type: ignore[union-attr]
         self.inverse_dispersion = inverse_dispersion
-        shape = torch.broadcast_shapes(self.log_mean.shape, inverse_dispersion.shape)
+        shape, n_own = self.log_mean.shape, inverse_dispersion.dim()
+        if shape[len(shape) - n_own :] != inverse_dispersion.shape:
+            shape = torch.broadcast_shapes(shape, inverse_dispersion.shape)  # slow: not for each step
         super().__init__(shape, validate_args=validate_args)
 
     @property
@@ -707,6 +710,34 @@ class TransitionMixture(dist.TorchDistribution):
         return self.components(value).logsumexp(-1)
 
 
+class TransportMixture(TransitionMixture):
+    """A mixture whose values come from the components that entropic transport couples them with.
+
+    The logarithm is an expectation over the coupling, log p(z) = Σ_m π_m(z) log p_m(z). A component costs
+    half the squared distance from its mean. The coupling takes no part in the gradient.
+
+    Args:
+        mixture: The mixture.
+        price_nm: Potentials of the components, shape (..., m): they let each be used as much as others.
+        blur: Weight of the entropy, a squared distance.
+    """
+
+    def __init__(self, mixture: TransitionMixture, price_nm: Tensor, blur: float):
+        parts = (mixture.loc_nmk, mixture.log_scale_nk, mixture.precision_nk, mixture.slack_nmk)
+        super().__init__(*parts, mixture.log_weight_nm, validate_args=False)
+        self.price_nm, self.blur = price_nm.detach(), blur
+
+    def priced(self, value: Tensor) -> Tensor:
+        """Logarithm of the coupling, up to a constant, shape (..., m)."""
+        square_nm = ((value.unsqueeze(-2) - self.loc_nmk) ** 2).sum(-1)
+        return self.price_nm - square_nm.detach() / (2 * self.blur)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The expected log of the component at value."""
+        own_nm = self.components(value) - self.log_weight_nm
+        return (self.priced(value).softmax(-1) * own_nm).sum(-1)
+
+
 def spread(likelihood: Likelihood, n_genes: int) -> tuple[Any, Any]:
     """The parameters that a measurement has beside its mean, for a model to own.
 
@@ -753,6 +784,12 @@ def measurement(
 @register_kl(dist.Normal, UncertainMeanNormal)
 def _kl_uncertain_mean(q: dist.Normal, p: UncertainMeanNormal) -> Tensor:
     return (q.scale**2 + (q.loc - p.loc) ** 2 + p.loc_var - 1) / 2 - q.scale.log()
+
+
+@register_kl(dist.Beta, dist.Beta)
+def _kl_beta(q: dist.Beta, p: dist.Beta) -> Tensor:
+    """By all concentrations at once: torch's own form takes them apart, eight times over."""
+    return kl_divergence(q._dirichlet, p._dirichlet)
 
 
 @register_kl(GatedNormal, GatedNormal)

@@ -1,5 +1,6 @@
 """Networks shared by models and guides. They accept any leading dimensions (particles, cells)."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
@@ -16,15 +17,17 @@ __all__ = [
     "AdditiveMaps",
     "Decoder",
     "Encoder",
-    "ImageDecoder",
-    "ImageEncoder",
     "MaskedLinear",
+    "Network",
     "Norm",
     "encoded_together",
     "straight_through",
+    "times",
     "with_interactions",
 ]
 
+Network = Literal["mlp", "image"]
+"""What x is to a network: genes, or the pixels of a square image, flattened (y, x, rgb)."""
 Norm = Literal["none", "batch", "layer"]
 Activation = Literal["relu", "leaky_relu", "silu"]
 
@@ -112,8 +115,23 @@ class AdditiveMaps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The effect of each input on each output, shape (..., o, i)."""
-        bent_ib = torch.tanh(self.slope_ib * (x.unsqueeze(-1) - self.place_ib))
-        return torch.einsum("...ib,oib->...oi", bent_ib, self.size_oib)
+        return torch.einsum("...ib,oib->...oi", self.bends(x.unsqueeze(-1)).squeeze(-1), self.size_oib)
+
+    def bends(self, x: Tensor) -> Tensor:
+        """What effects are made of, shape (..., i, b, m), for many points m of x (..., i, m)."""
+        # expanded, so that gradients are summed over m, where they lie side by side, and then over the rest
+        shape = (*x.shape[:-2], *self.slope_ib.shape, 1)
+        slope_ib1, place_ib1 = (part.unsqueeze(-1).expand(shape) for part in (self.slope_ib, self.place_ib))
+        return torch.tanh(slope_ib1 * (x.unsqueeze(-2) - place_ib1))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The effects of all inputs on each output, shape (..., o, m), for many points m of x (..., i, m)."""
+        return times(self.size_oib.flatten(-2), self.bends(x).flatten(-3, -2))
+
+
+def times(left_oi: Tensor, x: Tensor) -> Tensor:
+    """left_oi @ x for x (..., i, m), in its layout: torch would turn x to make one large product of it."""
+    return left_oi.expand(*x.shape[:-2], *left_oi.shape) @ x
 
 
 class Encoder(nn.Module):
@@ -125,7 +143,10 @@ class Encoder(nn.Module):
         n_extra: Width of what is appended to the genes: batch columns, design.
         log_input: Take log(1 + x): for counts.
         min_scale: Added to the scale, so that it cannot collapse.
-        n_hidden, n_layers, norm, dropout, activation: as in :class:`MLP`.
+        network: ``"mlp"``, or ``"image"``: g are the pixels (y, x, rgb) of an image, and convolutions read
+            it; they have ``n_hidden / 8`` channels at half the size, and twice as many at each halving.
+        n_hidden: as in :class:`MLP`.
+        n_layers, norm, dropout, activation: as in :class:`MLP`; not of images.
     """
 
     def __init__(
@@ -136,6 +157,7 @@ class Encoder(nn.Module):
         *,
         log_input: bool = True,
         min_scale: float = 1e-3,
+        network: Network = "mlp",
         n_hidden: int = 128,
         n_layers: int = 2,
         norm: Norm = "none",
@@ -144,7 +166,11 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.log_input, self.min_scale = log_input, min_scale
-        self.hidden = MLP(n_genes + n_extra, n_hidden, n_layers, norm, dropout, activation)
+        self.hidden: MLP | _ImageHidden
+        if network == "image":
+            self.hidden = _ImageHidden(n_genes, n_extra, n_hidden)
+        else:
+            self.hidden = MLP(n_genes + n_extra, n_hidden, n_layers, norm, dropout, activation)
         self.loc = nn.Linear(n_hidden, n_latents)
         self.log_scale = nn.Linear(n_hidden, n_latents)
 
@@ -153,6 +179,13 @@ class Encoder(nn.Module):
         inputs = torch.cat([torch.log1p(x_ng) if self.log_input else x_ng, *extra], -1)
         hidden = self.hidden(inputs)
         return self.loc(hidden), self.log_scale(hidden).exp() + self.min_scale
+
+    def overlook_last(self, n_extra: int) -> None:
+        """Start blind to the last of what is appended to x."""
+        layers = self.hidden.layers if isinstance(self.hidden, MLP) else self.hidden.hidden
+        first = layers[0]
+        assert isinstance(first, nn.Linear)
+        nn.init.zeros_(first.weight.data[:, -n_extra:])
 
     @torch.no_grad()
     def rotate(self, map_kk: Tensor, offset_k: Tensor) -> None:
@@ -189,7 +222,9 @@ class Decoder(nn.Module):
         n_latents: Latents k.
         n_genes: Genes g.
         n_batches: Batch and covariate columns b.
-        n_hidden, n_layers, norm, dropout, activation: as in :class:`MLP`.
+        network: as in :class:`Encoder`; an image is drawn by the same convolutions in reverse.
+        n_hidden: as in :class:`MLP`.
+        n_layers, norm, dropout, activation: as in :class:`MLP`; not of images.
     """
 
     def __init__(
@@ -198,6 +233,7 @@ class Decoder(nn.Module):
         n_genes: int,
         n_batches: int = 0,
         *,
+        network: Network = "mlp",
         n_hidden: int = 128,
         n_layers: int = 2,
         norm: Norm = "none",
@@ -206,8 +242,13 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.n_latents = n_latents
-        self.hidden = MLP(n_latents + n_batches, n_hidden, n_layers, norm, dropout, activation)
-        self.output = nn.Linear(n_hidden, n_genes)
+        self.output: nn.Module
+        if network == "image":
+            self.hidden = MLP(n_latents + n_batches, n_hidden, 1, activation="silu")
+            self.output = _ImageOutput(n_hidden, n_genes)
+        else:
+            self.hidden = MLP(n_latents + n_batches, n_hidden, n_layers, norm, dropout, activation)
+            self.output = nn.Linear(n_hidden, n_genes)
 
     def forward(self, z_nk: Tensor, batch_nb: Tensor) -> Tensor:
         """Logits, shape (..., n, g)."""
@@ -252,78 +293,76 @@ def straight_through(u_np: Tensor, gate_pk: Tensor, shift_pk: Tensor) -> Tensor:
     return torch.zeros(len(u_np), gate_pk.shape[-1], device=u_np.device).index_add(0, cell_m, shift_mk)
 
 
-class ImageEncoder(nn.Module):
-    """Images -> a diagonal normal: convolutions that halve the image until it is 4 pixels wide.
+class _ImageHidden(nn.Module):
+    """Pixels, and what is appended to them -> hidden units: convolutions until the image is 4 pixels wide."""
 
-    Args:
-        n_latents: Latents k.
-        size: Pixels along each side: 8, 16, 32, 64, ....
-        width: Channels at half the size; they double with each halving. A multiple of 8.
-        n_hidden: Width of the hidden layer behind the convolutions.
-        min_scale: Added to the scale, so that it cannot collapse.
-    """
-
-    def __init__(
-        self, n_latents: int, size: int = 32, *, width: int = 32, n_hidden: int = 256, min_scale: float = 1e-3
-    ):
+    def __init__(self, n_pixels: int, n_extra: int, n_hidden: int):
         super().__init__()
-        self.min_scale = min_scale
-        channels = _channels(size, width)
-        blocks = [_convolution(old, new, 2) for old, new in pairwise((3, *channels))]
+        self.n_pixels = n_pixels
+        self.size, channels = _halvings(n_pixels, n_hidden)
         self.convolutions = nn.Sequential(
             *(
-                nn.Sequential(block, _convolution(new, new))
-                for block, new in zip(blocks, channels, strict=True)
+                nn.Sequential(_convolution(old, new, 2), _convolution(new, new))
+                for old, new in pairwise((3, *channels))
             )
         )
-        self.hidden = nn.Sequential(nn.Linear(channels[-1] * 16, n_hidden), nn.SiLU())
-        self.loc = nn.Linear(n_hidden, n_latents)
-        self.log_scale = nn.Linear(n_hidden, n_latents)
+        _as_pixels_come(self.convolutions)
+        self.hidden = nn.Sequential(nn.Linear(channels[-1] * 16 + n_extra, n_hidden), nn.SiLU())
 
-    def forward(self, x_nyxc: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and scale, each (..., k), of images (..., y, x, rgb) with values from 0 to 1."""
-        flat = x_nyxc.flatten(0, -4) if x_nyxc.dim() > 3 else x_nyxc[None]
-        hidden = self.hidden(self.convolutions(flat.movedim(-1, 1)).flatten(1))
-        hidden = hidden.reshape(*x_nyxc.shape[:-3], hidden.shape[-1])
-        return self.loc(hidden), self.log_scale(hidden).exp() + self.min_scale
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        image = flat[:, : self.n_pixels].unflatten(1, (self.size, self.size, 3)).movedim(-1, 1)
+        features = self.convolutions(image).flatten(1)
+        hidden: Tensor = self.hidden(torch.cat([features, flat[:, self.n_pixels :]], 1))
+        return hidden.reshape(*inputs.shape[:-1], hidden.shape[-1])
 
 
-class ImageDecoder(nn.Module):
-    """Latents -> images: the mirror image of :class:`ImageEncoder`.
+class _ImageOutput(nn.Module):
+    """Hidden units -> pixels of any value."""
 
-    Args:
-        n_latents: Latents k.
-        size, width, n_hidden: as in :class:`ImageEncoder`.
-    """
-
-    def __init__(self, n_latents: int, size: int = 32, *, width: int = 32, n_hidden: int = 256):
+    def __init__(self, n_hidden: int, n_pixels: int):
         super().__init__()
-        channels = _channels(size, width)[::-1]
+        _, channels = _halvings(n_pixels, n_hidden)
+        channels = channels[::-1]
         self.first = (channels[0], 4, 4)
-        self.hidden = nn.Sequential(
-            nn.Linear(n_latents, n_hidden), nn.SiLU(), nn.Linear(n_hidden, channels[0] * 16), nn.SiLU()
-        )
+        self.hidden = nn.Sequential(nn.Linear(n_hidden, channels[0] * 16), nn.SiLU())
         self.convolutions = nn.Sequential(
+            _convolution(channels[0], channels[0]),
             *(
-                nn.Sequential(nn.Upsample(scale_factor=2), _convolution(old, new))
-                for old, new in pairwise((*channels, channels[-1]))
+                nn.Sequential(nn.Upsample(scale_factor=2), _convolution(old, new), _convolution(new, new))
+                for old, new in pairwise(channels)
             ),
-            nn.Conv2d(channels[-1], 3, 3, padding=1),
+            nn.Conv2d(channels[-1], 12, 3, padding=1),
+            nn.PixelShuffle(2),  # the last doubling costs no convolution at full size
         )
+        _as_pixels_come(self.convolutions)
 
-    def forward(self, z_nk: Tensor) -> Tensor:
-        """Images (..., y, x, rgb) of any value: their sigmoid lies between 0 and 1."""
-        hidden = self.hidden(z_nk.reshape(-1, z_nk.shape[-1])).unflatten(1, self.first)
-        image: Tensor = self.convolutions(hidden).movedim(1, -1)
-        return image.reshape(*z_nk.shape[:-1], *image.shape[1:])
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = self.hidden(hidden.reshape(-1, hidden.shape[-1])).unflatten(1, self.first)
+        image = self.convolutions(flat.contiguous(memory_format=torch.channels_last))
+        pixels: Tensor = image.movedim(1, -1).flatten(1)
+        return pixels.reshape(*hidden.shape[:-1], pixels.shape[-1])
 
 
-def _channels(size: int, width: int) -> list[int]:
-    """Channels at every halving from ``size`` down to 4 pixels."""
+def _halvings(n_pixels: int, n_hidden: int) -> tuple[int, list[int]]:
+    """Size of a square image of three colours, and channels at every halving down to 4 pixels."""
+    size = math.isqrt(n_pixels // 3)
     halvings = size.bit_length() - 3
-    if halvings < 1 or 4 * 2**halvings != size or width % 8:
-        raise ValueError(f"size is 8, 16, 32, ... and width a multiple of 8, not {size} and {width}")
-    return [width * 2**i for i in range(halvings)]
+    if halvings < 1 or 4 * 2**halvings != size or 3 * size**2 != n_pixels:
+        raise ValueError(
+            f"an image has 3 * size**2 pixels, where size is 8, 16, 32, ..., not {n_pixels}; pass "
+            'network="mlp" for genes'
+        )
+    if n_hidden % 64:
+        raise ValueError(f"n_hidden is a multiple of 64 for images, not {n_hidden}")
+    return size, [n_hidden // 8 * 2**i for i in range(halvings)]
+
+
+def _as_pixels_come(convolutions: nn.Module) -> None:
+    """Keep weights in the order of pixels, colours last: twice as fast."""
+    for part in convolutions.modules():
+        if isinstance(part, nn.Conv2d):
+            part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _convolution(n_in: int, n_out: int, stride: int = 1) -> nn.Module:

@@ -1,10 +1,21 @@
 """Penalties that enter a pair as ``pyro.factor``: a few lines each, visible where they are used."""
 
+import math
+
 import pyro
 import torch
 from torch import Tensor
 
-__all__ = ["alignment", "beta_sparsity", "edge_cost", "mmd_by_group", "sliced_wasserstein"]
+__all__ = [
+    "alignment",
+    "beta_sparsity",
+    "edge_cost",
+    "mmd_by_group",
+    "potentials",
+    "sinkhorn_divergence",
+    "sliced_wasserstein",
+    "transport_cost",
+]
 
 
 def edge_cost(name: str, gate_pk: Tensor, cost_p: Tensor) -> None:
@@ -78,6 +89,59 @@ def _sorted_by_group(value_nd: Tensor, group_n: Tensor) -> Tensor:
     by_value_nd = value_nd.sort(0).indices
     order_nd = by_value_nd.gather(0, group_n[by_value_nd].sort(dim=0, stable=True).indices)
     return value_nd.gather(0, order_nd)
+
+
+def transport_cost(x_mk: Tensor, y_sk: Tensor, blur: float) -> Tensor:
+    """Half the squared distance of every pair, over the blur of entropic transport, shape (..., m, s)."""
+    squares_ms = (x_mk**2).sum(-1).unsqueeze(-1) + (y_sk**2).sum(-1).unsqueeze(-2) - 2 * x_mk @ y_sk.mT
+    return squares_ms / (2 * blur)
+
+
+@torch.no_grad()
+def potentials(cost_ms: Tensor, n_steps: int = 30) -> tuple[Tensor, Tensor]:
+    """Dual potentials f and g of entropic transport between two sets of points of equal weights.
+
+    The plan is exp(f + g - cost) / (m s).
+
+    Args:
+        cost_ms: Costs over the blur, shape (..., m, s).
+        n_steps: Sinkhorn's steps; their number is fixed, so that a step of training can be recorded.
+
+    Returns:
+        f, shape (..., m), and g, shape (..., s).
+
+    Source: Peyré and Cuturi, Computational optimal transport, 2019, section 4.4 (log domain).
+    """
+    f_m = torch.zeros_like(cost_ms[..., 0])
+    n_m, n_s = cost_ms.shape[-2:]
+    for _ in range(n_steps):
+        g_s = math.log(n_m) - (f_m.unsqueeze(-1) - cost_ms).logsumexp(-2)
+        f_m = math.log(n_s) - (g_s.unsqueeze(-2) - cost_ms).logsumexp(-1)
+    return f_m, g_s
+
+
+def sinkhorn_divergence(x_mk: Tensor, y_sk: Tensor, blur: float) -> Tensor:
+    """Sinkhorn divergence between sets of points, lower is better: 0 where they are the same, shape (...).
+
+    In units of the blur. The plans take no part in the gradient, which they need not near the optimum.
+
+    Args:
+        x_mk: Points, shape (..., m, k).
+        y_sk: Points, shape (..., s, k).
+        blur: Weight of the entropy, a squared distance.
+
+    Source: Feydy et al., AISTATS 2019, equation 3.
+    """
+
+    def cost(a_mk: Tensor, b_sk: Tensor) -> Tensor:
+        cost_ms = transport_cost(a_mk, b_sk, blur)
+        f_m, g_s = potentials(cost_ms)
+        plan_ms = (f_m.unsqueeze(-1) + g_s.unsqueeze(-2) - cost_ms.detach()).exp()
+        # the plan's entropy is a part of the cost, without a gradient
+        entropy = (f_m.mean(-1) + g_s.mean(-1)) - (plan_ms * cost_ms.detach()).mean((-2, -1))
+        return (plan_ms * cost_ms).mean((-2, -1)) + entropy
+
+    return cost(x_mk, y_sk) - (cost(x_mk, x_mk) + cost(y_sk, y_sk)) / 2
 
 
 def mmd_by_group(

@@ -1,7 +1,7 @@
 """Minibatches of a screen: resident integers where they fit, row reads where they do not."""
 
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
@@ -42,6 +42,8 @@ class Minibatches:
     each cell beside x. The order of an epoch depends on its number, the seed, and whether x is read from
     disk, so a resumed run repeats it.
 
+    Where the screen knows tracks, each cell comes with the same cell at the time before, ``Batch.previous``.
+
     ``anchors`` gives each cell a control cell, ``Batch.control``: ``"batch"`` draws one of the same batch
     and covariates, ``"random"`` any, ``"twin"`` takes the cell's own from the screen's twin layer. Where the
     screen has times, anchors that are drawn are of the same time. Anchors are resident, too, where they fit
@@ -58,9 +60,11 @@ class Minibatches:
         memory_budget_gb: Memory x may take on the device, in GiB.
         anchors: Control cell of each cell, see above; None gives none.
         controls: Rows of the control cells that anchors are drawn from; None takes those among ``rows``.
+        part: Which cells of a minibatch of so many to make, for one of several processes; all by default.
 
     Raises:
-        DataError: No rows, rows outside the screen, a batch size below one, or cells without an anchor.
+        DataError: No rows, rows outside the screen, a batch size below one, cells without an anchor, or a
+            part of a track without what was before it.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Minibatches:
         memory_budget_gb: float = 4.0,
         anchors: Anchors | None = None,
         controls: np.ndarray | None = None,
+        part: Callable[[int], slice] = slice,
     ) -> None:
         rows = np.asarray(rows, dtype=np.int64)
         if len(rows) == 0 or rows.min() < 0 or rows.max() >= screen.n_cells:
@@ -84,8 +89,9 @@ class Minibatches:
         if batch_size < 1:
             raise DataError(f"expected a batch size of at least 1, found {batch_size}")
         self.screen, self.rows, self.batch_size = screen, rows, batch_size
-        self.shuffle, self.seed = shuffle, seed
+        self.shuffle, self.seed, self._part = shuffle, seed, part
         self._cells = _Cells(screen, rows, device, memory_budget_gb * 2**30)
+        self._previous_n = None if screen.previous_n is None else _places_before(screen, rows)
         self._anchors: _Cells | None = None
         self._pools: list[np.ndarray] = []
         if anchors == "twin":
@@ -118,6 +124,12 @@ class Minibatches:
         """Batches in an epoch."""
         return -(-len(self.rows) // self.batch_size)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Cells of each batch of an epoch, those of other processes included."""
+        size, n_larger = divmod(len(self.rows), len(self))
+        return [size + (i < n_larger) for i in range(len(self))]
+
     def __iter__(self) -> Iterator[Batch]:
         """The batches of epoch 0."""
         return self.epoch(0)
@@ -139,12 +151,18 @@ class Minibatches:
 
     def _buffers(self, epoch: int) -> Generator["_Buffer", None, None]:
         rng = np.random.default_rng([self.seed, epoch, 1])
-        for parts in self._order(epoch):
-            index = np.concatenate(parts)
-            buffer = _Buffer(parts, self._cells.values(index))
+        for whole in self._order(epoch):
+            all_index = np.concatenate(whole)
+            places = np.split(np.arange(len(all_index)), np.cumsum([len(part) for part in whole])[:-1])
+            places = [place[self._part(len(place))] for place in places]
+            own = np.concatenate(places)
+            index = all_index[own]
+            buffer = _Buffer([all_index[place] for place in places], self._cells.values(index))
             if self._anchors is not None:
-                drawn = self._drawn(index, rng)
+                drawn = self._drawn(all_index, rng)[own]  # as one process would draw them
                 buffer = buffer._replace(drawn=drawn, control=self._anchors.values(drawn))
+            if self._previous_n is not None:
+                buffer = buffer._replace(previous=self._cells.values(self._previous_n[index]))
             yield buffer
 
     def _batches(self, buffers: Generator["_Buffer", None, None]) -> Generator[Batch, None, None]:
@@ -157,6 +175,9 @@ class Minibatches:
                     if self._anchors is not None:
                         control = self._anchors.batch(buffer.drawn[part], buffer.control, part)
                         batch = batch._replace(control=control)
+                    if self._previous_n is not None:
+                        previous = self._cells.batch(self._previous_n[index], buffer.previous, part)
+                        batch = batch._replace(previous=previous)
                     yield batch
                     start += len(index)
         finally:
@@ -206,6 +227,7 @@ class _Buffer(NamedTuple):
     x: Any
     drawn: np.ndarray = np.empty(0, dtype=np.int64)
     control: Any = None
+    previous: Any = None
 
 
 class _Cells:
@@ -271,6 +293,7 @@ class _Cells:
             index_n=index_n,
             n_total=len(self.rows),
             time_n=None if self._time_n is None else self._time_n[index_n],
+            most=self._target_dm.shape[1],
         )
 
     def _resident(self, dtype: torch.dtype) -> Tensor | None:
@@ -306,6 +329,22 @@ class _Cells:
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+
+
+def _places_before(screen: Screen, rows: np.ndarray) -> np.ndarray:
+    """Place among rows of each cell at the time before, or its own at the first, int64 [m]."""
+    place_n = np.full(screen.n_cells + 1, -1)  # the last one: nothing before
+    place_n[rows] = np.arange(len(rows))
+    before_m = screen.previous_n[rows]  # type: ignore[index]
+    found_m = place_n[before_m]
+    lacking_m = (before_m >= 0) & (found_m < 0)
+    if lacking_m.any():
+        raise DataError(
+            f"expected whole tracks among these cells, found {int(lacking_m.sum())} of {len(rows)} without "
+            "the same cell at the time before; split whole tracks, as random_cells does, or "
+            "open the screen without track="
+        )
+    return np.where(before_m < 0, np.arange(len(rows)), found_m)
 
 
 def _carried(u_dp: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:

@@ -45,6 +45,8 @@ class Screen:
             in the order of the targets. It takes the place of 1 in the design.
         library: obs column of total counts; None sums x over genes.
         guide: obs column of guides, for splits by guide.
+        track: obs column that tells which cells are one and the same at several times, such as the frames of
+            a film. Each track has one condition and begins at the first time.
         embeddings: Table with one row per target (index: target names), for models that take descriptions
             of perturbations: they can then predict targets without training cells.
         unseen: Further targets to predict, which no cell carries; each needs a row of ``embeddings``.
@@ -67,6 +69,8 @@ class Screen:
         batch_nb: float32 [n, b], one-hot batch and covariate columns side by side.
         time_n: float32 [n], or None.
         guide_n: Text [n], or None.
+        track_n: int64 [n], number of the track, or None.
+        previous_n: int64 [n], row of the same cell at the time before, -1 at the first; or None.
         embedding_pe: float32 [p, e], or None.
         is_counts: Whether x holds non-negative integers only.
         max_value: Largest value of x.
@@ -89,6 +93,7 @@ class Screen:
         dose: str | None = None,
         library: str | None = None,
         guide: str | None = None,
+        track: str | None = None,
         embeddings: pd.DataFrame | None = None,
         unseen: str | Sequence[str] | None = None,
         gene_symbols: str | None = None,
@@ -117,6 +122,8 @@ class Screen:
         spec = _with_unseen(_learn_names(settings, adata), _listed(unseen), embeddings)
         self._load(spec, adata, unknown="error")
         self.guide_n = None if guide is None else np.array(_text(adata, guide, "guide"), dtype=str)
+        if track is not None:
+            self._load_tracks(track)
         if not allow_empty:
             _check_empty_genes(self._scan.seen_g, self._matrix.where)
         self.embedding_pe = None if embeddings is None else _embedding(embeddings, self.targets)
@@ -152,6 +159,8 @@ class Screen:
     def _load(self, spec: ScreenSpec, adata: ad.AnnData, unknown: Literal["error", "mark"]) -> None:
         """Fills the arrays of the cells of adata, with the names of spec."""
         self.adata = adata
+        self.track_n: np.ndarray | None = None
+        self.previous_n: np.ndarray | None = None
         self._twins: tuple[Matrix, np.ndarray] | None = None  # with their total counts
         self.targets, self.genes, self.batch_names = spec.targets, spec.genes, spec.batch_names
         labels = _text(adata, spec.perturbation, "perturbation")
@@ -252,6 +261,11 @@ class Screen:
             raise DataError("expected a layer of control twins; open the screen with twin=")
         return self._twins
 
+    def _load_tracks(self, track: str) -> None:
+        labels = np.array(_text(self.adata, track, "track"))
+        self.track_n = pd.factorize(labels)[0].astype(np.int64)
+        self.previous_n = _previous(labels, self.time_n, self.condition_n)
+
     def _load_twins(self, layer: str, spec: ScreenSpec) -> None:
         twins = _matrix(dataclasses.replace(spec, layer=layer), self.adata)
         scan = twins.scan(self.adata.obs_names.to_numpy(), self.genes)
@@ -290,7 +304,19 @@ class Screen:
             n_conditions=len(self.conditions),
             times=tuple(self._times(rows)),
             n_embedding=0 if self.embedding_pe is None else min(self.embedding_pe.shape[1], MOST_COLUMNS),
+            longest_gap=self._longest_gap(rows),
+            doses_vary=self._spec.dose is not None,
         )
+
+    def _longest_gap(self, rows: np.ndarray | None) -> float | None:
+        """Longest time that a condition, or a track, goes unseen, from the first snapshot of all on."""
+        if self.time_n is None:
+            return None
+        followed_n = self.condition_n if self.track_n is None else self.track_n
+        cells = pd.DataFrame({"followed": followed_n, "time": self.time_n})
+        cells = (cells if rows is None else cells.iloc[rows]).drop_duplicates().sort_values("time")
+        before = cells.groupby("followed")["time"].shift(fill_value=cells["time"].min())
+        return float((cells["time"] - before).max())
 
     def _times(self, rows: np.ndarray | None) -> list[float]:
         """Times of the snapshots of some cells."""
@@ -506,6 +532,26 @@ def _times(adata: ad.AnnData, name: str) -> np.ndarray:
             f"'72h' (time=), found {found!r}; convert the column to numbers"
         )
     return parts["number"].astype(np.float32).to_numpy()
+
+
+def _previous(track_n: np.ndarray, time_n: np.ndarray | None, condition_n: np.ndarray) -> np.ndarray:
+    """Row of the same track at the time before, -1 at the first, int64 [n]."""
+    if time_n is None:
+        raise DataError("expected times of the cells that track= names; pass the column of times as time=")
+    cells = pd.DataFrame({"track": track_n, "time": time_n, "condition": condition_n})
+    by_track = cells.groupby("track", sort=False)
+    faults = {
+        "one cell at a time": cells.duplicated(["track", "time"]),
+        "one condition": by_track["condition"].transform("nunique") > 1,
+        "a cell at the first time": by_track["time"].transform("min") > time_n.min(),
+    }
+    for rule, bad in faults.items():
+        if bad.any():
+            names = shown(cells["track"][bad].unique().tolist(), 5)
+            raise DataError(f"expected each track to have {rule} (track=), found others: {names}; mend them")
+    rows = cells.sort_values(["track", "time"]).index.to_series()
+    before = rows.groupby(cells["track"].loc[rows.index], sort=False).shift(fill_value=-1)
+    return before.sort_index().to_numpy(dtype=np.int64)
 
 
 def _learn_names(settings: ScreenSpec, adata: ad.AnnData) -> ScreenSpec:

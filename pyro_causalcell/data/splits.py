@@ -95,6 +95,8 @@ class Split:
 def random_cells(screen: Screen, validation: float = 0.1, test: float = 0.0, seed: int = 0) -> Split:
     """Random cells, stratified by condition. Every condition keeps at least one training cell.
 
+    Where the screen knows tracks (``track=``), they are drawn whole.
+
     Args:
         screen: The screen.
         validation: Fraction of all cells for validation.
@@ -108,14 +110,16 @@ def random_cells(screen: Screen, validation: float = 0.1, test: float = 0.0, see
         raise DataError(f"expected fractions with a sum below 1, found validation={validation}, test={test}")
     rng = np.random.default_rng(seed)
     rows = np.arange(screen.n_cells)
+    if screen.previous_n is not None:
+        rows = np.flatnonzero(screen.previous_n < 0)  # where tracks begin
     test_rows = _stratified(screen, rows, test, rng)
     rest = np.setdiff1d(rows, test_rows)
     validation_rows = _stratified(screen, rest, validation / (1 - test), rng)
     return Split(
         "random_cells",
-        np.setdiff1d(rest, validation_rows),
-        validation_rows,
-        test_rows,
+        _with_tracks(screen, np.setdiff1d(rest, validation_rows)),
+        _with_tracks(screen, validation_rows),
+        _with_tracks(screen, test_rows),
         seed,
         {"validation": validation, "test": test, "n_cells": screen.n_cells},
     )
@@ -265,6 +269,13 @@ def _stratified(screen: Screen, rows: np.ndarray, fraction: float, rng: np.rando
         if taken[members].all():
             taken[members[0]] = False
     return np.sort(shuffled[taken])
+
+
+def _with_tracks(screen: Screen, rows: np.ndarray) -> np.ndarray:
+    """The rows, and where the screen knows tracks all that follows on them."""
+    if screen.track_n is None:
+        return rows
+    return np.flatnonzero(np.isin(screen.track_n, screen.track_n[rows]))
 
 
 def _names(names: Sequence[str]) -> list[str]:

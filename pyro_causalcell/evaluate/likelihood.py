@@ -22,6 +22,7 @@ from pyro_causalcell.batch import Batch
 from pyro_causalcell.data import Minibatches, Screen
 from pyro_causalcell.errors import DataError, PredictionError
 from pyro_causalcell.inference import Fit
+from pyro_causalcell.inference.engine import keep_freed_memory
 from pyro_causalcell.inference.posterior import is_local, sample_sites
 from pyro_causalcell.predict import global_means
 
@@ -252,7 +253,7 @@ class Proposal:
         memory_budget_gb: float = 0.5,
     ):
         self.model, self.guide, self.model_batch, self.guide_batch = model, guide, model_batch, guide_batch
-        _keep_freed_memory()
+        keep_freed_memory()
         n_genes = 1 if model_batch.x_ng is None else model_batch.x_ng.shape[-1]
         at_once = _values_at_once(model_batch.u_np.device, memory_budget_gb)
         self.piece = max(1, at_once // (model_batch.n_cells * n_genes))
@@ -404,16 +405,6 @@ def _summary(chunks: Sequence[Tensor]) -> np.ndarray:
         warnings.simplefilter("ignore")  # high k is returned, and judged by the caller
         _, k_n = az.psislw(log_weight_sn.T.copy())
     return np.stack([nll_n, np.asarray(k_n), ess_n, se_n])
-
-
-def _keep_freed_memory() -> None:
-    """Let blocks of memory of up to 30 MiB be used again.
-
-    The allocator of Linux (glibc) returns large blocks to the system as soon as they are freed, and pages
-    every tensor of the next particles in anew, which can take longer than to work them out. What counts as
-    large grows with the blocks that were freed before: one that nothing was written to is enough.
-    """
-    torch.empty(30 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 def _values_at_once(device: torch.device, memory_budget_gb: float) -> int:

@@ -14,14 +14,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pyro_causalcell.batch import Batch
 from pyro_causalcell.errors import TrainingError
 from pyro_causalcell.inference.elbo import Terms
 
@@ -45,21 +43,18 @@ class Ranks:
         """Whether this process writes files and shows progress."""
         return self.index == 0
 
-    def part(self, batch: Batch) -> Batch:
-        """This process's slice of a minibatch; the slices' sizes differ by at most one.
+    def part(self, n: int) -> slice:
+        """This process's slice of a minibatch of n cells; the slices' sizes differ by at most one.
 
         Raises:
             TrainingError: The minibatch has fewer cells than there are processes.
         """
-        n = batch.n_cells
-        if self.count == 1:
-            return batch
         if n < self.count:
             raise TrainingError(
                 f"expected at least {self.count} cells in a minibatch, one for each process, found {n}; "
                 "pass a larger batch_size=, or start fewer processes"
             )
-        return _rows(batch, slice(n * self.index // self.count, n * (self.index + 1) // self.count))
+        return slice(n * self.index // self.count, n * (self.index + 1) // self.count)
 
     def average(self, parameters: Iterable[nn.Parameter], terms: Terms, share: float) -> Terms:
         """Replace each gradient by the sum over processes, weighted by their shares of the minibatch.
@@ -162,11 +157,3 @@ def _alive() -> Iterator[None]:
             "another process that trains this pair has ended, see what it said; the last checkpoint stays, "
             "go on from it with resume=True"
         ) from error
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    fields = batch._asdict().items()
-    taken: dict[str, Any] = {name: field[rows] for name, field in fields if isinstance(field, Tensor)}
-    if batch.control is not None:
-        taken["control"] = _rows(batch.control, rows)
-    return batch._replace(**taken)

@@ -135,11 +135,15 @@ def _kl(q: object, p: object) -> Tensor:
 
 
 def _scaled(msg: Message, term: Tensor) -> Tensor:
-    if msg["mask"] is False:
+    mask, scale = msg["mask"], msg["scale"]
+    if mask is False:
         return term.new_zeros(())
-    if isinstance(msg["mask"], Tensor):
-        term = torch.where(msg["mask"], term, 0.0)
-    return (msg["scale"] * term).sum()
+    if isinstance(mask, Tensor):
+        term = torch.where(mask, term, 0.0)
+    if isinstance(scale, Tensor):  # may differ between the elements
+        return (scale * term).sum()
+    total = term.sum()
+    return total if scale == 1.0 else scale * total
 
 
 def elbo_terms(
@@ -167,11 +171,10 @@ def elbo_terms(
     Raises:
         PairError: The model draws a site that the guide does not.
     """
-    with SiteWeights(weights or {}):
-        with _GuidePass(n_particles) as guide_pass:
-            guide(batch)
-        with _ModelPass(guide_pass.sites, n_particles) as model_pass:
-            model(batch)
+    with _GuidePass(n_particles) as guide_pass:
+        guide(batch)
+    with _ModelPass(guide_pass.sites, n_particles) as model_pass:
+        model(batch)
     extra: Terms = {}
     for name, site in guide_pass.sites.items():  # auxiliary latents, which the model does not have
         if name not in model_pass.seen:
@@ -182,4 +185,5 @@ def elbo_terms(
                 extra[name] = -_scaled(site, log_q)
     if model_pass.log_weights:
         extra[CELLS] = model_pass.cells()
-    return {**guide_pass.factors, **extra, **model_pass.terms}
+    terms, weights = {**guide_pass.factors, **extra, **model_pass.terms}, weights or {}
+    return {name: weights[name] * term if name in weights else term for name, term in terms.items()}

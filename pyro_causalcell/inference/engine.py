@@ -14,12 +14,15 @@ import math
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -30,7 +33,7 @@ from pyro_causalcell.batch import Batch
 from pyro_causalcell.inference.elbo import Terms, elbo_terms
 from pyro_causalcell.inference.pair import Pair
 
-__all__ = ["Engine", "TracedStep", "eager_gradients"]
+__all__ = ["EagerStep", "Engine", "TracedStep", "keep_freed_memory"]
 
 STEP_SECONDS, VALUE_SECONDS = 3e-3, 6e-8
 """About what an eager step takes on one processor: in all, and for each gene of each cell. An estimate, not a
@@ -57,11 +60,58 @@ class NotTraceableError(Exception):
     """The pair cannot be recorded; the message says why."""
 
 
-def eager_gradients(pair: Pair, batch: Batch, weights: Mapping[str, float], n_particles: int = 1) -> Terms:
-    """Add the gradients of the loss in nats per cell to the parameters' ``grad``; returns the terms."""
-    terms = elbo_terms(pair.model, pair.guide, batch, weights, n_particles)
-    _loss(terms, batch).backward()
-    return {name: term.detach() for name, term in terms.items()}
+def keep_freed_memory() -> None:
+    """Let blocks of memory of up to 30 MiB be used again.
+
+    The allocator of Linux (glibc) returns large blocks to the system as soon as they are freed, and pages
+    every tensor of the next step or particles in anew, which can take as long as to work them out. What
+    counts as large grows with the blocks that were freed before: one that nothing was written to is enough.
+    """
+    torch.empty(30 * 2**20, dtype=torch.uint8, device="cpu")
+
+
+class EagerStep:
+    """Loss terms and gradients of one training step of a pair, by Pyro.
+
+    While the pair runs, two costs of a small step are saved. Large products of ``nn.Linear`` go to oneDNN on
+    processors. And Pyro tells handlers of every parameter of the plain modules that a PyroModule holds, but
+    does not use their answer: such modules are made plain attributes meanwhile, which it does not see.
+
+    Args:
+        pair: The pair. Modules that it gets later run as they are.
+        n_particles: Draws of each cell's latents.
+    """
+
+    def __init__(self, pair: Pair, n_particles: int = 1):
+        self.pair, self.n_particles = pair, n_particles
+        modules = [m for side in (pair.model, pair.guide) for m in side.modules()]
+        use_onednn = torch.backends.mkldnn.is_available()
+        self.layers = [m for m in modules if type(m) is nn.Linear and use_onednn]
+        self.holders = [m for m in modules if isinstance(m, PyroModule)]
+
+    def __call__(self, batch: Batch, weights: Mapping[str, float]) -> Terms:
+        """Add the gradients of the loss in nats per cell to the parameters' ``grad``; returns the terms."""
+        with self._shortened():
+            terms = elbo_terms(self.pair.model, self.pair.guide, batch, weights, self.n_particles)
+        _loss(terms, batch).backward()
+        return {name: term.detach() for name, term in terms.items()}
+
+    @contextmanager
+    def _shortened(self) -> Iterator[None]:
+        found: list[tuple[nn.Module, str, Any]] = [
+            (layer, "forward", partial(_linear, layer)) for layer in self.layers
+        ]
+        for holder in self.holders:
+            plain = (c for c in holder._modules.items() if not isinstance(c[1], PyroModule))
+            found += [(holder, name, child) for name, child in plain]
+        found = [(module, name, value) for module, name, value in found if name not in module.__dict__]
+        for module, name, value in found:
+            module.__dict__[name] = value
+        try:
+            yield
+        finally:
+            for module, name, _ in found:
+                module.__dict__.pop(name, None)
 
 
 def _loss(terms: Terms, batch: Batch) -> Tensor:
@@ -103,6 +153,7 @@ class TracedStep:
         self.used: list[bool] = []
         self.key = self._key(batch, weights)
         self.graph = self._record(batch, weights)
+        _keep_draws(self.graph)
         _narrow_products(self.graph)
         if batch.u_np.device.type == "cpu" and torch.backends.mkldnn.is_available():
             _choose_library(self.graph)
@@ -115,6 +166,8 @@ class TracedStep:
     def compile(self, batch: Batch, weights: Mapping[str, float]) -> None:
         """Compile; neither the pair nor the random stream is touched. May run in a thread of its own."""
         inputs: list[Any] = [*self._inputs(batch, weights, copy=True)]
+        # what the compiler calls of torch that torch deprecates; not undone, as that is not safe in a thread
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")
         with torch.no_grad():  # the random stream is to be the one that Pyro would use
             self.run = torch._inductor.compile(self.graph, inputs, options={"fallback_random": True})
 
@@ -131,7 +184,7 @@ class TracedStep:
     def difference(self, batch: Batch, weights: Mapping[str, float]) -> float:
         """Largest difference of a gradient from Pyro's, as a share of that gradient's largest entry."""
         steps: list[Callable[[], Terms]] = [
-            lambda: eager_gradients(self.pair, batch, weights, self.n_particles),
+            lambda: EagerStep(self.pair, self.n_particles)(batch, weights),
             lambda: self(batch, weights),
         ]
         found = []
@@ -218,7 +271,10 @@ class _RefuseValues(TorchDispatchMode):
     ) -> Any:
         reads = torch.Tag.data_dependent_output in func.tags
         reads = reads and func is not torch.ops.aten._local_scalar_dense.default  # make_fx knows constants
-        if reads or torch.Tag.dynamic_output_shape in func.tags:
+        shapes = torch.Tag.dynamic_output_shape in func.tags
+        if func is torch.ops.aten.index.Tensor:  # whole numbers choose as many as they are, masks do not
+            shapes = any(index is not None and not index.dtype.is_signed for index in args[1])
+        if reads or shapes:
             raise NotTraceableError(f"the result of {func} depends on values")
         return func(*args, **(kwargs or {}))
 
@@ -242,9 +298,49 @@ def _product(left_nk: Tensor, right_kg: Tensor, bias_g: Tensor | None) -> Tensor
     return product
 
 
+class _Linear(torch.autograd.Function):
+    """x @ weight.T + bias by oneDNN, and so its gradients."""
+
+    @staticmethod
+    def forward(ctx, x_ni: Tensor, weight_oi: Tensor, bias_o: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        ctx.save_for_backward(x_ni, weight_oi)
+        return _product(x_ni, weight_oi.t(), bias_o)
+
+    @staticmethod
+    def backward(ctx, grad_no: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        x_ni, weight_oi = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        # oneDNN's product has no gradient: where second derivatives are asked for, torch's
+        multiply = torch.mm if torch.is_grad_enabled() else partial(_product, bias_g=None)
+        by_x = multiply(grad_no, weight_oi) if wanted[0] else None
+        by_weight = multiply(grad_no.t(), x_ni) if wanted[1] else None
+        return by_x, by_weight, grad_no.sum(0) if wanted[2] else None
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """``nn.Linear``; a large product in single precision is oneDNN's."""
+    weight, bias = module.weight, module.bias
+    plain = x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
+    special = torch.is_autocast_enabled("cpu") or torch._C._are_functorch_transforms_active()
+    if not plain or special or x.numel() * len(weight) < LARGE_PRODUCT:
+        return nn.functional.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    product: Tensor = _Linear.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
+    return product.view(*x.shape[:-1], len(weight))
+
+
 @torch.library.register_fake("pyro_causalcell::product")  # type: ignore[untyped-decorator]
 def _product_shape(left_nk: Tensor, right_kg: Tensor, bias_g: Tensor | None) -> Tensor:
     return left_nk.new_empty(left_nk.shape[0], right_kg.shape[1])
+
+
+def _keep_draws(graph: GraphModule) -> None:
+    """Give out all that is drawn: what nothing uses would be left out, and the random stream be another."""
+    (output,) = graph.graph.find_nodes(op="output")
+    calls = (node for node in graph.graph.nodes if node.op == "call_function")
+    seeded = (c for c in calls if torch.Tag.nondeterministic_seeded in getattr(c.target, "tags", ()))
+    output.args = ([*output.args[0], *(c for c in seeded if isinstance(c.meta["val"], Tensor))],)
+    graph.recompile()
 
 
 def _narrow_products(graph: GraphModule) -> None:
@@ -346,6 +442,7 @@ class Engine:
         self.compile, self.n_steps = compile, n_steps
         self.wanted = compile is not False
         self.graphs: list[_Graph] = []
+        self.eager = EagerStep(pair, n_particles)
 
     def gradients(self, batch: Batch, weights: Mapping[str, float]) -> Terms:
         """Set the parameters' gradients (they were cleared); returns the terms."""
@@ -353,7 +450,7 @@ class Engine:
         self.age += 1
         if traced is not None:
             return traced(batch, weights)
-        return eager_gradients(self.pair, batch, weights, self.n_particles)
+        return self.eager(batch, weights)
 
     def _traced(self, batch: Batch, weights: Mapping[str, float]) -> TracedStep | None:
         """The compiled step for such a batch, once it is its turn."""

@@ -27,7 +27,7 @@ from pyro_causalcell.embeddings import seen_targets, standardised
 from pyro_causalcell.errors import CheckpointError, DataError, PairError, TrainingError
 from pyro_causalcell.inference.distributed import Ranks, join, local_device
 from pyro_causalcell.inference.elbo import SiteWeights, elbo_terms
-from pyro_causalcell.inference.engine import Engine
+from pyro_causalcell.inference.engine import Engine, keep_freed_memory
 from pyro_causalcell.inference.fitted import (
     CellSummary,
     Fit,
@@ -284,14 +284,19 @@ class Trainer:
             anchors=training.anchors,
             controls=split.train,
         )
-        self.batches = cells(split.train, training.batch_size, memory_budget_gb=training.memory_budget_gb)
+        self.batches = cells(
+            split.train,
+            training.batch_size,
+            memory_budget_gb=training.memory_budget_gb,
+            part=self.ranks.part,
+        )
         left_gb = self.batches.memory_left_gb
         self.validation = (
             cells(split.validation, 1024, shuffle=False, memory_budget_gb=left_gb)
             if len(split.validation)
             else None
         )
-        first = self.ranks.part(next(self.batches.epoch(0)))
+        first = next(self.batches.epoch(0))
         self.best_state: dict[str, dict[str, Tensor]] = _copy(pair.state_dict())
         with _same_draws(seed, device):
             check_pair(pair.model, pair.guide, first)
@@ -368,14 +373,14 @@ class Trainer:
         kept: list[Tensor] = []
         checked = 0
         parameters = list(self.pair.parameters())
-        for step, whole in enumerate(self.batches.epoch(self.progress.epoch)):
-            batch = self.ranks.part(whole)
+        sizes = self.batches.sizes
+        for step, batch in enumerate(self.batches.epoch(self.progress.epoch)):
             weights = self._weights((step + 1) / len(self.batches))
             self.optimizer.zero_grad(set_to_none=True)
             if self._is_interrupted(step):
                 raise KeyboardInterrupt
             terms = self._gradients(batch, weights)
-            terms = self.ranks.average(parameters, terms, batch.n_cells / whole.n_cells)
+            terms = self.ranks.average(parameters, terms, batch.n_cells / sizes[step])
             if self.training.clip is not None:
                 nn.utils.clip_grad_norm_(parameters, self.training.clip, foreach=True)
             self.optimizer.step()
@@ -609,6 +614,8 @@ class Trainer:
         rows = [self.split.train.tolist(), self.split.validation.tolist(), self.screen.describe().to_json()]
         if self.screen.embedding_pe is not None:
             rows.append(self.screen.embedding_pe.tolist())
+        if self.screen.track_n is not None:
+            rows.append(self.screen.track_n.tolist())
         return settings_hash({**chosen, "cells": rows}, self.pair, self.dims)
 
     def _settings(self) -> list[Any]:
@@ -865,6 +872,7 @@ def _threads(threads: int | None) -> Iterator[None]:
     if threads is not None:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # tiny moments of dead units would slow every step several times
+    keep_freed_memory()
     try:
         yield
     finally:

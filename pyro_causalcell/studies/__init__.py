@@ -22,6 +22,7 @@ STUDIES = {
     "temporal-scm": "pyro_causalcell.studies.temporal:run",
     "semrau": "pyro_causalcell.studies.semrau:run",
     "hipsc": "pyro_causalcell.studies.hipsc:run",
+    "causal3dident": "pyro_causalcell.studies.causal3dident:run",
 }
 """Name of a study -> the function that runs it."""
 

@@ -15,7 +15,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from torch import Tensor
 
-from pyro_causalcell.distributions import PopulationNormal, TransitionMixture
+from pyro_causalcell.distributions import PopulationNormal, TransitionMixture, TransportMixture
+from pyro_causalcell.penalties import potentials, sinkhorn_divergence, transport_cost
 from pyro_causalcell.simulate import linear_snapshots
 from pyro_causalcell.studies.runner import Executor, Job, Scores, run_jobs, summarise, write_table
 
@@ -44,13 +45,27 @@ def optimal_transport(cells: Snapshots) -> np.ndarray:
     return _regressed(cells, paired)
 
 
+def entropic_transport(cells: Snapshots, blur: float = 0.3) -> np.ndarray:
+    """Regression on a cell drawn from those that entropic transport couples a cell with, after centring."""
+    generator = torch.Generator().manual_seed(0)
+
+    def paired(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        before_mk, after_sk = (torch.from_numpy(part - part.mean(0)) for part in (before, after))
+        cost_ms = transport_cost(before_mk, after_sk, blur)
+        f_m, g_s = potentials(cost_ms, 100)
+        plan_ms = (f_m[:, None] + g_s - cost_ms).exp()
+        return before[plan_ms.T.multinomial(1, generator=generator).squeeze(1)], after
+
+    return _regressed(cells, paired)
+
+
 def population_means(cells: Snapshots) -> np.ndarray:
     """Regression of means on the means of the snapshot before."""
     return _regressed(cells, lambda before, after: (before.mean(0)[None], after.mean(0)[None]))
 
 
 def population_prior(
-    cells: Snapshots, law: Callable[[Tensor, Tensor, Tensor], Tensor], steps: int = 600
+    cells: Snapshots, law: Callable[[Tensor, Tensor, Tensor], Tensor], steps: int = 600, n_cells: int = 256
 ) -> np.ndarray:
     """Maximum likelihood where the past of a cell is any cell of the snapshot before, each as likely."""
     torch.manual_seed(0)
@@ -63,7 +78,7 @@ def population_prior(
     for _ in range(steps):
         loss = torch.zeros(())
         for place in torch.randperm(len(pairs))[:9]:
-            before, after = (part[torch.randperm(len(part))[:256]] for part in pairs[place])
+            before, after = (part[torch.randperm(len(part))[:n_cells]] for part in pairs[place])
             shift_k = shift_ck[conditions.index(starts[place][0])]
             loss = loss - law(before @ weight_kk.T + shift_k, log_sd_k, after).mean()
         optimizer.zero_grad()
@@ -76,6 +91,19 @@ def mixture(loc_mk: Tensor, log_sd_k: Tensor, z_nk: Tensor) -> Tensor:
     """log p(z): the mixture of the transitions of all pasts m."""
     parts = (loc_mk, log_sd_k, torch.exp(-2 * log_sd_k), torch.zeros_like(loc_mk))
     return TransitionMixture(*parts).log_prob(z_nk)
+
+
+def moved_transport(loc_mk: Tensor, log_sd_k: Tensor, z_nk: Tensor, blur: float = 0.3) -> Tensor:
+    """log p(z) where entropic transport couples cells with where the pasts have moved, as both change."""
+    parts = (loc_mk, log_sd_k, torch.exp(-2 * log_sd_k), torch.zeros_like(loc_mk))
+    price_m, _ = potentials(transport_cost(loc_mk.detach(), z_nk, blur))
+    return TransportMixture(TransitionMixture(*parts), price_m, blur).log_prob(z_nk)
+
+
+def sinkhorn(loc_mk: Tensor, log_sd_k: Tensor, z_nk: Tensor, blur: float = 0.3) -> Tensor:
+    """Minus the Sinkhorn divergence of the cells from draws of their transitions."""
+    drawn_mk = loc_mk + log_sd_k.exp() * torch.randn_like(loc_mk)
+    return -sinkhorn_divergence(drawn_mk, z_nk, blur)
 
 
 def moments(loc_mk: Tensor, log_sd_k: Tensor, z_nk: Tensor) -> Tensor:
@@ -110,9 +138,12 @@ def _regressed(
 METHODS: dict[str, Callable[..., np.ndarray]] = {
     "independent pairs": independent_pairs,
     "optimal transport": optimal_transport,
+    "optimal transport, entropic": entropic_transport,
     "population means": population_means,
     "population prior, mixture": partial(population_prior, law=mixture),
     "population prior, moments": partial(population_prior, law=moments),
+    "transport to moved cells": partial(population_prior, law=moved_transport, n_cells=128),
+    "Sinkhorn divergence": partial(population_prior, law=sinkhorn, n_cells=128),
 }
 """Ways of joining snapshots -> matrix of effects of programmes (columns) on programmes (rows)."""
 

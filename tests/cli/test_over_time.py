@@ -104,3 +104,20 @@ def test_what_cannot_be_followed(cli: Run, run: Path, course: Path) -> None:
     unknown = cli("trajectories", course, "--perturb", "P1", "--out", "T.nc")
     assert unknown.code == 2 and "did you mean" in unknown.err[0]
     assert not Path("T.nc").exists()
+
+
+def test_tracks_are_named_at_the_fit(cli: Run, course: Path) -> None:
+    adata = ad.read_h5ad(course.parent / "course.h5ad")
+    kept = adata[adata.obs["target"] == "P01"][:12].copy()  # simulated snapshots, here said to be four tracks
+    cells = ad.concat([kept, adata[adata.obs["target"] == "control"][:12]], index_unique="-")
+    cells.obs["day"], cells.obs["cell"] = ["D1", "D2", "D4"] * 8, [f"c{i // 3}" for i in range(24)]
+    cells.write_h5ad("tracked.h5ad")
+    words = ["--perturbation", "target", "--control", "control", "--time", "day", "--model", "temporal-scm"]
+    words += ["--invariant", 1, "--responsive", 1, "--likelihood", "gaussian", "--epochs", 1, "--quiet"]
+    words += ["--warm-start", 0, "--settings.n_hidden", 4, "--validation", 0.25, "--out", "tracked"]
+    result = cli("fit", "tracked.h5ad", *words, "--track", "cell")
+    assert (result.code, result.err) == (0, [])
+    history = pd.read_csv("tracked/history.csv")
+    assert (history["term_z_past"] == 0).all()
+    wrong = cli("fit", "tracked.h5ad", *words[:-1], "other", "--track", "day")
+    assert wrong.code == 2 and "one cell at a time" in wrong.err[0]

@@ -38,6 +38,28 @@ def test_the_fields_of_a_batch_belong_to_its_cells(tiny_adata):
         assert batch.control is None
 
 
+@pytest.mark.parametrize("budget", [4.0, 0.0])
+@pytest.mark.parametrize("anchors", [None, "random"])
+def test_a_part_of_every_minibatch_is_made(tiny_screen, anchors, budget, monkeypatch):
+    """As for the last of three processes: its cells and anchors are the same, and no others are read."""
+    settings = {"anchors": anchors, "memory_budget_gb": budget, "seed": 3}
+    taken, take = [], type(tiny_screen.matrix).take
+    whole = list(Minibatches(tiny_screen, ROWS, 32, **settings).epoch(1))
+    part = Minibatches(tiny_screen, ROWS, 32, part=lambda n: slice(2 * n // 3, n), **settings)
+    assert part.sizes == [batch.n_cells for batch in whole]
+    monkeypatch.setattr(
+        type(tiny_screen.matrix), "take", lambda self, rows: taken.append(len(rows)) or take(self, rows)
+    )
+    for own, batch in zip(part.epoch(1), whole, strict=True):
+        rows = slice(2 * batch.n_cells // 3, batch.n_cells)
+        for name in ("x_ng", "u_np", "library_n1", "condition_n", "index_n"):
+            assert torch.equal(getattr(own, name), getattr(batch, name)[rows])
+            if anchors:
+                assert torch.equal(getattr(own.control, name), getattr(batch.control, name)[rows])
+        assert own.n_total == batch.n_total
+    assert max(taken, default=0) <= 11
+
+
 def test_order_depends_on_seed_and_epoch_only(tiny_screen):
     def order(seed, epoch, **settings):
         batches = Minibatches(tiny_screen, ROWS, 32, seed=seed, **settings).epoch(epoch)

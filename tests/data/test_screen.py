@@ -125,6 +125,18 @@ def test_the_anndata_is_not_changed(tiny_adata):
     pd.testing.assert_frame_equal(tiny_adata.var, before.var)
 
 
+def test_dims_know_how_long_a_condition_goes_without_a_snapshot(tiny_adata):
+    adata = tiny_adata[:6].copy()
+    adata.obs["target"] = ["control", "control", "control", "A", "A", "A"]
+    adata.obs["time"] = [1.0, 2.0, 4.0, 1.0, 4.0, 4.0]
+    adata.obs["dose"] = 1.0
+    screen = Screen(adata, "target", "control", time="time", allow_empty=True)
+    assert screen.dims().longest_gap == 3.0 and not screen.dims().doses_vary
+    assert screen.dims(np.arange(3)).longest_gap == 2.0
+    assert screen.dims(np.array([0, 1, 5])).longest_gap == 3.0  # A is first seen long after the start
+    assert Screen(adata, "target", "control", dose="dose", allow_empty=True).dims().doses_vary
+
+
 def test_dims_count_the_fitted_cells(tiny_screen):
     dims = tiny_screen.dims()
     assert dims[:4] == (400, 20, 4, 2)

@@ -2,7 +2,7 @@
 
 import torch
 
-from pyro_causalcell.batch import Batch, Dims
+from pyro_causalcell.batch import Batch, Dims, carried
 
 
 def _batch(n: int = 3) -> Batch:
@@ -32,5 +32,17 @@ def test_to_moves_every_tensor_and_the_batches_inside():
 
 def test_dims_are_the_arguments_models_take():
     first = ("n_cells", "n_genes", "n_targets", "n_batches", "target_cells")
-    later = ("n_conditions", "times", "n_embedding")  # with defaults: older run folders do not have them
+    # with defaults: older run folders do not have them
+    later = ("n_conditions", "times", "n_embedding", "longest_gap", "doses_vary")
     assert Dims._fields == first + later and set(Dims._field_defaults) == set(later)
+
+
+def test_the_targets_that_cells_carry_and_their_doses():
+    """A triple, a target at another dose, and control: nothing is lost, the others have dose 0."""
+    u_np = torch.tensor([[1.0, 2.0, 0.0, -0.5], [0.0, 0.0, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    for most in (None, 3, 7):
+        target_nm, dose_nm1 = carried(u_np, most)
+        assert target_nm.shape == (3, min(most or 3, 4))
+        assert torch.equal(torch.zeros(3, 4).scatter(1, target_nm, dose_nm1.squeeze(-1)), u_np)
+    assert carried(u_np[2:])[0].shape == (1, 1)
+    assert carried(torch.zeros(2, 0))[0].shape == (2, 0)

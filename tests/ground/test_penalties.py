@@ -1,10 +1,21 @@
 """Penalties: what each factor adds to the model's log density."""
 
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro import poutine
+from torch.testing import assert_close
 
-from pyro_causalcell.penalties import alignment, beta_sparsity, edge_cost, mmd_by_group, sliced_wasserstein
+from pyro_causalcell.penalties import (
+    alignment,
+    beta_sparsity,
+    edge_cost,
+    mmd_by_group,
+    potentials,
+    sinkhorn_divergence,
+    sliced_wasserstein,
+    transport_cost,
+)
 
 
 def _factor(penalty, *arguments) -> torch.Tensor:
@@ -94,3 +105,26 @@ def test_mmd_by_group_is_the_u_statistic_of_each_group():
 def test_mmd_counts_cells_without_company_as_zero():
     x_nk, group_n = torch.zeros(3, 2), torch.tensor([0, 1, 2])
     assert mmd_by_group(x_nk, group_n, torch.ones(5, 2)) == 0
+
+
+def test_entropic_transport_agrees_with_pot():
+    torch.manual_seed(0)
+    ot = pytest.importorskip("ot")
+    x_mk, y_sk = torch.randn(6, 2).double(), 1 + torch.randn(5, 2).double()
+    cost_ms = transport_cost(x_mk, y_sk, 0.5)
+    assert_close(cost_ms, torch.cdist(x_mk, y_sk) ** 2)
+    f_m, g_s = potentials(cost_ms, 300)
+    plan_ms = (f_m[:, None] + g_s - cost_ms).exp() / 30
+    expected = ot.sinkhorn(torch.ones(6).double() / 6, torch.ones(5).double() / 5, cost_ms, 1.0)
+    assert_close(plan_ms, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_sinkhorn_divergence_is_zero_for_the_same_points_and_pulls_others_together():
+    torch.manual_seed(0)
+    x_mk = torch.randn(2, 8, 3)
+    assert_close(sinkhorn_divergence(x_mk, x_mk.flip(1), 0.5), torch.zeros(2), atol=1e-4, rtol=0)
+    far_mk = (x_mk + 3).requires_grad_()
+    divergence_r = sinkhorn_divergence(far_mk, x_mk, 0.5)
+    assert_close(divergence_r, torch.full((2,), 27.0), atol=0.1, rtol=0)  # |shift|^2 / 2 / blur
+    (slope_rmk,) = torch.autograd.grad(divergence_r.sum(), far_mk)
+    assert_close(slope_rmk.sum(1), torch.full((2, 3), 6.0), atol=0.1, rtol=0)

@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.inference import engine, fit
-from pyro_causalcell.inference.engine import Engine, NotTraceableError, TracedStep, eager_gradients
+from pyro_causalcell.inference.engine import EagerStep, Engine, NotTraceableError, TracedStep
 from pyro_causalcell.inference.pair import Pair
 
 
@@ -46,7 +46,7 @@ def _train(pair: Pair, batches: list[Batch], traced: bool) -> list[dict[str, flo
             assert step.fits(batch, weights)
             terms = step(batch, weights)
         else:
-            terms = eager_gradients(pair, batch, weights)
+            terms = EagerStep(pair)(batch, weights)
         optimizer.step()
         found.append({name: float(term) for name, term in terms.items()})
     return found
@@ -93,7 +93,7 @@ def _losses(pair: Pair, batches: list[Batch], how: str) -> list[float]:
             loss.backward()
         else:
             step = step or (TracedStep(pair, batch, {}) if how == "traced" else None)
-            terms = step(batch, {}) if step else eager_gradients(pair, batch, {})
+            terms = step(batch, {}) if step else EagerStep(pair)(batch, {})
             loss = -sum(terms.values()) / batch.n_total
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -133,6 +133,51 @@ def test_onednn_products_are_torchs(layout):
     product = torch.ops.pyro_causalcell.product
     torch.testing.assert_close(product(left, right, None), left @ right)
     torch.testing.assert_close(product(left.t().contiguous().t(), right, bias), left @ right + bias)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_eager_layers_are_torchs(shape, bias, monkeypatch):
+    """Values, gradients, and gradients of gradients."""
+    monkeypatch.setattr(engine, "LARGE_PRODUCT", 0)
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(7, 4, bias), torch.randn(*shape, 7, requires_grad=True)
+    found = []
+    for value in (engine._linear(layer, x), layer(x)):
+        inputs = [x, *layer.parameters()]
+        first = torch.autograd.grad(value.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), inputs[:2])
+        found.append([value, *first, *second])
+    torch.testing.assert_close(*found)
+    half = torch.autocast("cpu", torch.bfloat16)
+    with half:
+        assert engine._linear(layer, x).dtype == torch.bfloat16
+
+
+def test_an_eager_step_leaves_the_modules_as_they_are(build, batch):
+    pair = Pair(*build())
+    modules = [m for side in (pair.model, pair.guide) for m in side.modules()]
+    before = [set(m.__dict__) for m in modules]
+    step = EagerStep(pair)
+    assert step.layers and len(step.holders) == 2
+    step(batch, {})
+    assert [set(m.__dict__) for m in modules] == before
+    with pytest.raises(AttributeError):
+        step(None, {})
+    assert [set(m.__dict__) for m in modules] == before
+
+
+def test_an_eager_step_runs_what_the_pair_holds_now(build, batch):
+    """A decoder that was exchanged, and a layer with a way of its own."""
+    pair, seen = Pair(*build()), []
+    step = EagerStep(pair)
+    step(batch, {})
+    pair.model.decoder = decoder = copy.deepcopy(pair.model.decoder)
+    layer = decoder.output
+    layer.forward = lambda x: seen.append(len(x)) or torch.nn.functional.linear(x, layer.weight, layer.bias)
+    step(batch, {})
+    assert seen == [batch.n_cells] and "forward" in layer.__dict__
+    assert layer.weight.grad is not None
 
 
 class Reads(PyroModule):
@@ -193,7 +238,7 @@ def test_a_wrong_graph_is_found_before_it_is_used(build, batch, monkeypatch):
             steps.gradients(later, {})
         pair.model.zero_grad()
         assert steps.gradients(later, {})["x"] == pytest.approx(
-            float(eager_gradients(pair, later, {})["x"]), rel=0.2
+            float(EagerStep(pair)(later, {})["x"]), rel=0.2
         )
 
 

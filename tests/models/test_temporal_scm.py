@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pandas as pd
+import pyro
 import pytest
 import torch
 from numpy.testing import assert_allclose
@@ -18,7 +19,9 @@ from pyro_causalcell.errors import DataError, PairError, PredictionError
 from pyro_causalcell.evaluate import matching
 from pyro_causalcell.guides.temporal_scm import TemporalSCMGuide
 from pyro_causalcell.inference import Fit, elbo_terms, fit
+from pyro_causalcell.inference.engine import EagerStep, TracedStep
 from pyro_causalcell.inference.lagged_rotation import lagged_rotation
+from pyro_causalcell.inference.pair import Pair
 from pyro_causalcell.models.temporal_scm import PRESETS, Mechanism, TemporalSCM
 from pyro_causalcell.predict import (
     cell_trajectories,
@@ -68,6 +71,14 @@ def batch() -> Batch:
     return _cells([0, 0, 0, 1, 1, 1], times)._replace(control=_cells([0] * 6, times, seed=1))
 
 
+def _bent(model: TemporalSCM) -> TemporalSCM:
+    """A model whose effects bend."""
+    for maps in (model.invariant_map, model.responsive_map):
+        maps.size_oib.data.normal_()
+        maps.slope_ib.data.uniform_(0.5, 2.0)
+    return model
+
+
 def _mechanism(seed: int = 3, **parts) -> Mechanism:
     torch.manual_seed(seed)
     drawn = Mechanism(
@@ -101,11 +112,13 @@ def test_a_step_follows_the_structural_equation():
     own_v = model.bounded(model.responsive_log_scale_v)
     assert_close(responsive.log_scale_rk[0], own_v + mechanism.log_scale_pv[0])
     assert_close(responsive.precision_rk, torch.exp(-2 * responsive.log_scale_rk))
-    assert_close(responsive.slack_rmk, torch.zeros(1, 5, 2))
+    assert_close(responsive.slack_rmk, torch.zeros(1, 1, 2))  # its mean over pasts
 
 
-def test_probabilities_of_gates_and_cuts_give_the_expected_squared_residual():
-    model = _model(transition="linear")
+@pytest.mark.parametrize("join", ["moments", "mixture"])
+def test_probabilities_of_gates_and_cuts_give_the_expected_squared_residual(join):
+    """Of each past in a mixture; the mean over pasts where only moments are needed."""
+    model = _bent(_model(join=join))
     gate, cut, edge = (
         torch.tensor([[0.3, 0.8], [0, 0]]),
         torch.tensor([[0.4, 0.0], [0, 0]]),
@@ -115,7 +128,7 @@ def test_probabilities_of_gates_and_cuts_give_the_expected_squared_residual():
     edge_vk[0, 2] = edge
     no_scale = torch.zeros(2, 2)
     mechanism = _mechanism(gate_pv=gate, cut_pv=cut, edge_vk=edge_vk, log_scale_pv=no_scale)
-    past, value, u = torch.randn(1, 1, 3), torch.randn(2), torch.tensor([[1.0, 0.0]])
+    past, value, u = torch.randn(1, 4, 3), torch.randn(2), torch.tensor([[1.0, 0.0]])
     law = model.step(past, u, torch.ones(1), mechanism)[1]
     expected = 0.0
     for g0, g1, c0, e in itertools.product([0.0, 1.0], repeat=4):
@@ -126,9 +139,12 @@ def test_probabilities_of_gates_and_cuts_give_the_expected_squared_residual():
             gate_pv=torch.tensor([[g0, g1], [0, 0]]), cut_pv=torch.tensor([[c0, 0.0], [0, 0]]), edge_vk=one
         )
         binary = model.step(past, u, torch.ones(1), drawn)[1]
-        assert_close(binary.slack_rmk, torch.zeros(1, 1, 2))
+        assert_close(binary.slack_rmk, torch.zeros_like(law.slack_rmk), atol=1e-5, rtol=0)
         expected = expected + share * (value - binary.loc_rmk) ** 2
-    assert_close((value - law.loc_rmk) ** 2 + law.slack_rmk, expected)
+    found = (value - law.loc_rmk) ** 2 + law.slack_rmk
+    if join == "moments":
+        found, expected = found.mean(1), expected.mean(1)
+    assert_close(found, expected)
 
 
 def test_transition_mixture_is_a_mixture_of_normals():
@@ -239,6 +255,119 @@ def test_elbo_is_the_mean_over_minibatches(batch):
         )
 
     assert scored(list(range(6))) == pytest.approx((scored([0, 1, 2]) + scored([3, 4, 5])) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("n_cells", [6, 12])
+@pytest.mark.parametrize(
+    "settings", [{}, PRESETS["paper"], {"times": (0.0, 1.0, 1.5, 2.0)}, {"transition": "ode"}]
+)
+def test_steps_of_training_can_be_recorded(n_cells, settings):
+    """Gradients and memory are Pyro's, with fewer cells than places and with more, as the memory fills."""
+    own = {name: value for name, value in settings.items() if name not in ("alignment", "alpha")}
+    shared = {name: own[name] for name in ("gates", "edges", "graph") if name in own}
+    times = own.setdefault("times", (1.0, 2.0, 3.0))
+    model = _bent(_model(n_conditions=2, doses_vary=False, **own))
+    torch.manual_seed(1)
+    guide = TemporalSCMGuide(4, 2, alignment="none", **(SIZES | shared | {"times": times}))
+    pair = Pair(model, guide)
+    pair.train(True)
+
+    def batch(seed: int) -> Batch:
+        drawn = _cells([0, 1] * (n_cells // 2), list(times[:3]) * (n_cells // 3), seed)
+        return drawn._replace(n_total=12)
+
+    with pyro.validation_enabled(False):
+        traced = TracedStep(pair, batch(0), {})
+        for seed in range(2):
+            assert traced.difference(batch(seed), {}) < 1e-4
+            before = {name: value.clone() for name, value in model.named_buffers()}
+            torch.manual_seed(seed)
+            traced(batch(seed), {})
+            recorded = model.memory_ctmk.clone()
+            for name, value in model.named_buffers():
+                value.copy_(before[name])
+            torch.manual_seed(seed)
+            for parameter in pair.parameters():
+                parameter.grad = None
+            EagerStep(pair)(batch(seed), {})
+            assert_close(model.memory_ctmk, recorded, rtol=1e-4, atol=1e-5)
+    assert model.filled_ct[:, :3].any()
+
+
+def test_the_law_of_a_cell_does_not_depend_on_how_many_there_are():
+    """Cells one by one, or every condition at every time once: the same terms."""
+    model = _filled(_model(times=(1.0, 2.0, 3.0), longest_gap=1.0))
+    guide, cells = _guide(alignment="none"), _cells([0, 0, 0, 1, 1, 1] * 2, [1.0, 2.0, 3.0] * 4)
+    assert cells.n_cells > model.filled_ct.numel()
+    found = []
+    for doses_vary in (False, True):
+        model.doses_vary = doses_vary
+        model.memory_ctmk.copy_(torch.linspace(-1, 1, model.memory_ctmk.numel()).view_as(model.memory_ctmk))
+        torch.manual_seed(0)
+        terms = elbo_terms(model, guide, cells)
+        found.append([float(terms[name].detach()) for name in ("z_invariant", "z_responsive", "x")])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_what_is_drawn_in_vain_is_drawn_by_a_recording_too():
+    """While axes are sought no mechanism is used; without its draws the other draws would be others."""
+    model, guide = _filled(_model()), _guide(alignment="none")
+    pair, cells = Pair(model, guide), _cells([0, 0, 1, 1], [1.0, 2.0, 1.0, 2.0])
+    pair.train(True)
+    for side in (model, guide):
+        side.hold_gates_open(True)
+    with pyro.validation_enabled(False):
+        traced = TracedStep(pair, cells, {})
+    (output,) = traced.graph.graph.find_nodes(op="output")
+    calls = [node for node in traced.graph.graph.nodes if node.op == "call_function"]
+    draws = [c for c in calls if torch.Tag.nondeterministic_seeded in getattr(c.target, "tags", ())]
+    assert len(draws) > 6 and set(draws) <= set(output.args[0])
+    assert traced.difference(cells, {}) < 1e-4
+
+
+@pytest.mark.parametrize("join", ["transport", "sinkhorn"])
+def test_joins_by_transport_pull_the_transitions_to_the_cells(join):
+    """Pasts at 0 and cells at 2: the gradient of the offset of a programme points upwards."""
+    model = _filled(_model(join=join, n_sources=8, gates="open"))
+    guide = _guide(alignment="none", gates="open")
+    model.memory_ctmk[:, 0] *= 0.1
+    model.memory_ctmk[:, 1] = 2 + 0.1 * model.memory_ctmk[:, 1]
+    guide.encoder.loc.weight.data.zero_()
+    guide.encoder.loc.bias.data.fill_(2.0)
+    terms = elbo_terms(model, guide, _cells([0] * 4, [2.0] * 4))
+    assert ("missed" in terms) == (join == "sinkhorn")
+    name = "missed" if join == "sinkhorn" else "z_responsive"
+    slope_v = torch.autograd.grad(terms[name], model.responsive_offset_v_unconstrained)[0]
+    assert (slope_v > 0.5).all()
+    model.eval()
+    guide.eval()
+    assert "missed" not in elbo_terms(model, guide, _cells([0] * 4, [2.0] * 4))
+
+
+def test_an_ode_lets_programmes_act_within_a_step():
+    """A linear one: where exp((W - 1) h) leads; a straight step cannot pass an effect on to a third."""
+    model = _model(transition="ode")
+    weight_vk = torch.tensor([[0.8, 0.0, 0.0], [0.0, 0.9, 0.0]])  # z_l on the first, it on the second
+    mechanism = _mechanism(weight_vk=weight_vk, cut_pv=torch.zeros(2, 2))
+    z_rmk = torch.tensor([[[1.0, 0.0, 0.0], [0.5, -1.0, 2.0]]])
+    field_kk = torch.cat([torch.tensor([[0.5, 0.0, 0.0]]), weight_vk]) - torch.eye(3)
+    for length in (1.0, 0.4):
+        laws = model.step(z_rmk, torch.zeros(1, 2), torch.full((1,), length), mechanism)
+        found_mk = torch.cat([law.loc_rmk for law in laws], -1)[0].detach()
+        assert_close(found_mk, z_rmk[0] @ torch.linalg.matrix_exp(length * field_kk).T, atol=4e-3, rtol=0)
+        assert found_mk[0, 2] > 0.02
+
+
+@pytest.mark.slow
+def test_a_compiled_fit_is_the_eager_fit(simulated):
+    train = simulated[simulated.obs["split"] == "train"].copy()
+    screen = Screen(train, "target", "control", time="time")
+    short = SETTINGS | {"epochs": 4, "warm_start": None, "likelihood": "gaussian"}
+    eager, compiled = (
+        fit("temporal-scm", None, screen, **(short | {"compile": c})).history["train_loss"]
+        for c in (False, True)
+    )
+    assert compiled.to_numpy() == pytest.approx(eager.to_numpy(), rel=0.01)
 
 
 def test_memory_holds_what_was_drawn_of_each_snapshot(batch):
@@ -376,7 +505,7 @@ def test_graphs(trained):
         mechanism_graph(trained)
 
 
-@pytest.mark.parametrize("preset", ["independent-pairs", "paper", "no-sparsity", "no-alignment"])
+@pytest.mark.parametrize("preset", ["independent-pairs", "transport", "sinkhorn", "paper", "no-sparsity"])
 def test_presets_train(simulated, preset):
     train = simulated[simulated.obs["split"] == "train"].copy()
     screen = Screen(train, "target", "control", time="time")

@@ -13,12 +13,13 @@ from scipy import stats
 from sklearn.linear_model import LinearRegression
 from torch.testing import assert_close
 
-from pyro_causalcell.batch import Batch, Mechanisms, Rotation
+from pyro_causalcell.batch import Batch, Mechanisms, Rotation, carried
 from pyro_causalcell.data import Minibatches, Screen
 from pyro_causalcell.errors import PairError
 from pyro_causalcell.evaluate import audit, matching, to_inference_data
 from pyro_causalcell.guides.weight_variant_scm import WeightVariantSCMGuide
-from pyro_causalcell.inference import Fit, build_pair, elbo_terms, fit
+from pyro_causalcell.inference import Fit, Pair, build_pair, elbo_terms, fit
+from pyro_causalcell.inference.engine import NotTraceableError, TracedStep
 from pyro_causalcell.models.weight_variant_scm import PRESETS, WeightVariantSCM
 from pyro_causalcell.predict import effects, graph, latents, mechanism_graph, predict, programme_names
 from pyro_causalcell.predict.cells import cell_trace
@@ -94,12 +95,39 @@ def _log_density(model, u_p, z_k, gate_pv, edge_vk, changes) -> float:
     return float(law.logpdf(z_k[1:].numpy()))
 
 
+def test_a_cell_looks_at_the_targets_that_it_carries_alone():
+    """A thousand targets more that no cell carries change neither density nor gradients."""
+    model, z_nk, edge_vk = _model(), torch.randn(5, 3), torch.full((2, 3), 0.5)
+    found = []
+    for more in (0, 1000):
+        u_np = torch.cat([U, torch.zeros(5, more)], 1)
+        tables = [torch.full((2, 2), 0.3), *_changes().values()]
+        tables = [torch.cat([t, torch.ones(more, *t.shape[1:])]).requires_grad_() for t in tables]
+        gate_pv, *changes = tables
+        p_z = model.mechanisms(carried(u_np, 2), z_nk[:, :1], gate_pv, edge_vk, *changes)
+        log_prob_n = p_z.log_prob(z_nk[:, 1:])
+        log_prob_n.sum().backward()
+        assert all(bool((t.grad[2:] == 0).all()) for t in tables)
+        found.append([log_prob_n.detach(), *(t.grad[:2] for t in tables)])
+    assert_close(*found)
+
+
+def test_the_step_can_be_recorded(batch):
+    """Where the number of targets that a cell carries is known, no operation depends on values."""
+    pair, known = Pair(_model(), _guide()), batch._replace(most=2)
+    assert TracedStep(pair, known, {}).difference(known, {}) < 1e-4
+    with pytest.raises(NotTraceableError, match="carried"):
+        TracedStep(pair, batch, {})
+
+
 @pytest.mark.parametrize("anchored", [True, False])
 def test_probabilities_give_the_expectation_over_all_gates_and_edges(anchored):
     """Two targets, two responsive programmes, one invariant: 16 gates times 8 possible graphs."""
     model, changes, z_nk = _model(anchored=anchored), _changes(), torch.randn(5, 3)
     gate_pv, edge_vk = torch.rand(2, 2), torch.rand(2, 3) * model.allowed_vk
-    found_n = model.mechanisms(U, z_nk[:, :1], gate_pv, edge_vk, *changes.values()).log_prob(z_nk[:, 1:])
+    found_n = model.mechanisms(carried(U), z_nk[:, :1], gate_pv, edge_vk, *changes.values()).log_prob(
+        z_nk[:, 1:]
+    )
     possible = model.allowed_vk.bool()
     expected_n = np.zeros(5)
     for bits in itertools.product([0.0, 1.0], repeat=4 + int(possible.sum())):
@@ -119,11 +147,11 @@ def test_probabilities_give_the_expectation_over_all_gates_and_edges(anchored):
 def test_binary_gates_leave_no_slack(anchored):
     model, changes, z_nk = _model(anchored=anchored), _changes(), torch.randn(5, 3)
     gate_pv, edge_vk = torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[1.0, 0, 1], [0, 0, 0]])
-    p_z = model.mechanisms(U, z_nk[:, :1], gate_pv, edge_vk, *changes.values())
+    p_z = model.mechanisms(carried(U), z_nk[:, :1], gate_pv, edge_vk, *changes.values())
     assert_close(p_z.slack(z_nk[:, 1:]).detach(), torch.zeros(5, 2))
     expected = [_log_density(model, U[n], z_nk[n], gate_pv, edge_vk, changes) for n in range(5)]
     assert_allclose(p_z.log_prob(z_nk[:, 1:]).detach(), expected, rtol=1e-4)
-    drawn = model.eval().mechanisms(U, z_nk[:, :1], gate_pv, edge_vk, *changes.values())
+    drawn = model.eval().mechanisms(carried(U), z_nk[:, :1], gate_pv, edge_vk, *changes.values())
     assert drawn.slack is None
     assert_close(drawn.log_prob(z_nk[:, 1:]), p_z.log_prob(z_nk[:, 1:]))
 
@@ -179,7 +207,7 @@ def test_noise_in_place_of_programmes_is_the_same_model(batch):
     data = {"z_invariant": torch.randn(5, 1), **changes}
     by_noise = _nodes(apart, batch, innovation=noise_nv, **data)
     z_nv = centred.mechanisms(
-        U, data["z_invariant"], torch.ones(2, 2), centred.allowed_vk, *changes.values()
+        carried(U), data["z_invariant"], torch.ones(2, 2), centred.allowed_vk, *changes.values()
     ).from_noise(noise_nv)
     by_value = _nodes(centred, batch, z_responsive=z_nv, **data)
     log_det_n = (U @ changes["log_scale"]).sum(1)

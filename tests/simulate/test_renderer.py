@@ -4,7 +4,7 @@ import torch
 from sklearn.metrics import r2_score
 
 from pyro_causalcell.errors import DataError
-from pyro_causalcell.nets import ImageEncoder
+from pyro_causalcell.nets import Encoder
 from pyro_causalcell.simulate.renderer import FACTORS, SHAPES, render
 
 SCENE = np.array([0.0, 0, 0, 0.4, 0.7, 1.0, 0.5, 3.0, 2.0, 0])
@@ -121,7 +121,7 @@ def recoloured(image_n, factors_nf):
     return image_n.roll(thirds, -1) / 255, factors_nf
 
 
-def probe(n_train, epochs, *, width, n_shapes):
+def probe(n_train, epochs, *, n_hidden, n_shapes):
     """R2 of a small network for every factor on 500 new images; the lower one of sine and cosine.
 
     The factors are drawn independently, so that none can be told from another.
@@ -129,33 +129,33 @@ def probe(n_train, epochs, *, width, n_shapes):
     factors_nf = draws(n_train + 500, n_shapes=n_shapes)
     image_n, factors_nf = torch.tensor(render(factors_nf)), torch.tensor(factors_nf, dtype=torch.float32)
     torch.manual_seed(0)
-    net = ImageEncoder(15 + n_shapes, 32, width=width).to(memory_format=torch.channels_last)
+    net = Encoder(3 * 32**2, 15 + n_shapes, log_input=False, network="image", n_hidden=n_hidden)
     optimiser = torch.optim.AdamW(net.parameters(), weight_decay=0.01)
     batches = n_train // 128
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=epochs * batches)
     for _ in range(epochs):
         for rows in torch.randperm(n_train)[: 128 * batches].split(128):
             x_n, known_nf = recoloured(image_n[rows], factors_nf[rows])
-            loss = (net(x_n)[0] - answers(known_nf, n_shapes)).square().mean()
+            loss = (net(x_n.flatten(1))[0] - answers(known_nf, n_shapes)).square().mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             rate.step()
     with torch.no_grad():
-        found_no = net(image_n[n_train:] / 255)[0]
+        found_no = net(image_n[n_train:].flatten(1) / 255)[0]
     score_o = r2_score(answers(factors_nf[n_train:], n_shapes), found_no, multioutput="raw_values")
     turns = np.minimum(score_o[3:9], score_o[9:15])
     return dict(zip(FACTORS, [*score_o[:3], *turns, score_o[15:].min()], strict=True))
 
 
 def test_a_network_begins_to_read_the_scenes():
-    score = probe(768, 8, width=8, n_shapes=2)
+    score = probe(768, 8, n_hidden=64, n_shapes=2)
     assert min(score[name] for name in ("pos_x", "hue_back", "hue_spot")) > 0.5
 
 
 @pytest.mark.slow
 def test_a_network_reads_every_factor():
-    score = probe(38_000, 9, width=32, n_shapes=7)
+    score = probe(38_000, 9, n_hidden=256, n_shapes=7)
     assert score.pop("shape") > 0.5 and min(score.values()) > 0.85, score
 
 

@@ -31,6 +31,13 @@ def test_optimal_transport_takes_likeness_for_memory(cells):
     assert (np.abs([found_kk[edge] for edge in joining.EDGES]) < 0.2).all()
 
 
+def test_entropic_transport_does_so_less_and_finds_no_more(cells):
+    found_kk = joining.entropic_transport(cells)
+    assert (found_kk.diagonal() > 0.5).all()
+    assert (found_kk.diagonal() < joining.optimal_transport(cells).diagonal()).all()
+    assert (np.abs([found_kk[edge] for edge in joining.EDGES]) < 0.25).all()
+
+
 @pytest.mark.parametrize("law", [joining.mixture, joining.moments])
 def test_the_population_prior_remembers(cells, law):
     assert _errors(joining.population_prior(cells, law)).max() < 0.2

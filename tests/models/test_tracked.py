@@ -1,0 +1,176 @@
+"""The temporal SCM where the past of a cell is known, and on images."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pyro import poutine
+
+from pyro_causalcell.batch import Batch
+from pyro_causalcell.data import Screen
+from pyro_causalcell.guides.temporal_scm import TemporalSCMGuide
+from pyro_causalcell.inference import elbo_terms, fit
+from pyro_causalcell.models.temporal_scm import TemporalSCM
+from pyro_causalcell.predict import predict
+
+SIZES = {"n_invariant": 1, "n_responsive": 2, "likelihood": "gaussian", "norm": "none", "n_hidden": 4}
+
+
+def _batch(times: list[float], seed: int) -> Batch:
+    torch.manual_seed(seed)
+    n = len(times)
+    return Batch(
+        x_ng=torch.randn(n, 4),
+        u_np=torch.tensor([[0.0], [1.0]]).repeat(n // 2, 1),
+        library_n1=torch.ones(n, 1),
+        batch_nb=torch.zeros(n, 0),
+        condition_n=torch.tensor([0, 1] * (n // 2)),
+        index_n=torch.arange(n),
+        n_total=n,
+        time_n=torch.tensor(times),
+    )
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """Two cells at three times, and where they come from."""
+    cells = _batch([0.0, 0.0, 1.0, 1.0, 2.0, 2.0], 0)
+    return cells._replace(previous=_batch([0.0, 0.0, 0.0, 0.0, 1.0, 1.0], 1))
+
+
+@pytest.fixture
+def pair() -> tuple[TemporalSCM, TemporalSCMGuide]:
+    torch.manual_seed(2)
+    sizes = {"n_genes": 4, "n_targets": 1, "times": (0.0, 1.0, 2.0)}
+    settings = SIZES | {"gates": "open", "edges": "open"}
+    model = TemporalSCM(**sizes, **settings, n_conditions=2, n_cells=6, transition="linear")
+    return model, TemporalSCMGuide(**sizes, **settings, alignment="none")
+
+
+@pytest.mark.parametrize("join", ["moments", "mixture"])
+def test_programmes_follow_from_their_own_past(pair, batch, join):
+    model, guide = pair
+    model.join = join
+    torch.manual_seed(0)
+    drawn = poutine.trace(guide).get_trace(batch)
+    trace = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(batch)
+    value = {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
+    z_nl, z_nv, past_nk = value["z_invariant"], value["z_responsive"], value["z_past"]
+    is_start_n1 = (batch.time_n == 0).unsqueeze(-1)
+    expected_nl = model.invariant_offset_l + past_nk[:, :1] @ model.invariant_weight_ll.T
+    shift_nv = batch.u_np @ value["shift"]
+    expected_nv = model.responsive_offset_v + past_nk @ value["weight"].T + shift_nv
+    expected_nl = torch.where(is_start_n1, 0.0, expected_nl)
+    expected_nv = torch.where(is_start_n1, batch.u_np @ value["start"], expected_nv)
+    scale_l, scale_v = (
+        model.bounded(part).exp() for part in (model.invariant_log_scale_l, model.responsive_log_scale_v)
+    )
+    scale_nv = scale_v * torch.exp(batch.u_np @ value["log_scale"])
+    scale_nl, scale_nv = (
+        torch.where(is_start_n1, 1.0, s) for s in (scale_l.expand_as(expected_nl), scale_nv)
+    )
+    for name, z, loc, scale in (
+        ("z_invariant", z_nl, expected_nl, scale_nl),
+        ("z_responsive", z_nv, expected_nv, scale_nv),
+    ):
+        wanted_n = torch.distributions.Normal(loc, scale).log_prob(z).sum(-1)
+        site = trace.nodes[name]
+        torch.testing.assert_close(site["fn"].log_prob(z), wanted_n, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_particles", [1, 3])
+def test_the_draw_of_the_past_costs_nothing(pair, batch, n_particles):
+    terms = elbo_terms(*pair, batch, n_particles=n_particles)
+    assert all(torch.isfinite(term) for term in terms.values())
+    assert float(terms.get("z_past", 0.0)) == 0.0
+
+
+def test_gradients_reach_the_encoder_through_the_past(pair, batch):
+    """Only cells at the start are encoded as cells here, and their own term is cut off."""
+    model, guide = pair
+    seen = []
+    guide.encoder.register_forward_hook(lambda _, inputs, outputs: seen.append((inputs[0], outputs[0])))
+    terms = elbo_terms(model, guide, batch)
+    loc_nk = next(loc for x, loc in seen if x is batch.previous.x_ng)
+    (gradient_nk,) = torch.autograd.grad(terms["z_invariant"], loc_nk)
+    assert (gradient_nk[2:, 0] != 0).all()
+    assert (gradient_nk[:2] == 0).all()  # nothing was before the first
+
+
+def _walks(n_tracks: int = 250, n_times: int = 4, seed: int = 0) -> ad.AnnData:
+    """Simulated: two independent programmes, .9 and -.5 of what they were, one of them set off by A."""
+    rng = np.random.default_rng(seed)
+    own_k, is_a = np.array([0.9, -0.5]), np.arange(n_tracks) % 2
+    z_tnk = [rng.standard_normal((n_tracks, 2))]
+    for _ in range(n_times - 1):
+        noise_nk = np.sqrt(1 - own_k**2) * rng.standard_normal((n_tracks, 2))
+        z_tnk.append(own_k * z_tnk[-1] + noise_nk + 2 * is_a[:, None] * np.array([0, 1]))
+    z_nk = np.stack(z_tnk, 1).reshape(-1, 2)
+    x_ng = z_nk @ rng.standard_normal((2, 12)) + 0.1 * rng.standard_normal((len(z_nk), 12))
+    obs = pd.DataFrame(
+        {
+            "target": np.repeat(np.where(is_a, "A", "control"), n_times),
+            "time": np.tile(np.arange(n_times), n_tracks),
+            "cell": np.repeat(np.arange(n_tracks), n_times),
+        }
+    ).set_index(pd.Index([f"c{n}" for n in range(len(z_nk))]))
+    return ad.AnnData(x_ng.astype(np.float32), obs=obs)
+
+
+def test_what_a_stationary_background_keeps_is_found_only_with_tracks():
+    """From snapshots alone nothing says how fast a stationary background forgets."""
+    found = {}
+    for track in ("cell", None):
+        screen = Screen(_walks(), control="control", time="time", track=track)
+        trained = fit(
+            "temporal-scm",
+            None,
+            screen,
+            epochs=15,
+            batch_size=100,
+            lr=2e-2,
+            warm_start=0,
+            compile=False,
+            progress=False,
+            transition="linear",
+            **SIZES | {"n_responsive": 1, "n_hidden": 32},
+        )
+        found[track] = float(trained.model.invariant_weight_ll.detach())
+        cells = predict(trained, ["A"], times=[3.0], n_cells=5)
+        assert cells.n_obs == 5
+    assert found["cell"] == pytest.approx(0.9, abs=0.1)
+    assert abs(found[None] - 0.9) > 0.15
+
+
+@pytest.mark.parametrize("training", [{"weights": {"z_invariant": 2.0}}, {"refine": 1}])
+def test_images_train_and_are_drawn(training):
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame(
+        {
+            "target": np.repeat(["A", "control"] * 4, 3),
+            "time": np.tile(np.arange(3), 8),
+            "film": np.repeat(np.arange(8), 3),
+        },
+        index=[f"c{n}" for n in range(24)],
+    )
+    screen = Screen(
+        ad.AnnData(rng.normal(size=(24, 192)).astype(np.float32), obs=obs),
+        control="control",
+        time="time",
+        track="film",
+    )
+    settings = SIZES | {"n_hidden": 64, "network": "image"}
+    trained = fit(
+        "temporal-scm",
+        None,
+        screen,
+        epochs=2,
+        warm_start=0,
+        compile=False,
+        progress=False,
+        **settings,
+        **training,
+    )
+    assert np.isfinite(trained.history["validation_loss"]).all()
+    assert predict(trained, ["A"], times=[2.0], n_cells=3).shape == (3, 192)
