@@ -473,6 +473,7 @@ def predict(
     cells: PositiveInt = 500,
     time: list[str] | str | None = None,
     basal: Path | None = None,
+    measured: Path | None = None,
     units: Literal["counts", "lognorm"] | None = None,
     library: PositiveFloat | None = None,
     seed: NonNegativeInt = 0,
@@ -489,22 +490,32 @@ def predict(
         time: Time to predict, for models that follow cells over time; repeat it for several. Every snapshot
             of the fit if not given.
         basal: Screen (h5ad file) whose control cells are perturbed; cells are drawn anew if not given.
+        measured: Screen (h5ad file) of measured conditions, such as the fitted file: what the fit leaves of
+            their means is added to what it predicts, in log(1 + counts per 10,000).
         units: "counts", or "lognorm" for log(1 + counts per 10,000).
         library: Total count of the predicted cells; as in the fitted cells (or the basal ones) if not given.
         seed: Seed of the draws.
         device: "auto" takes the GPU if there is one; or "cpu", "cuda".
     """
-    _check_out(out, *([basal] if basal else []))
+    _check_out(out, *(path for path in (basal, measured) if path))
+    if measured is not None and units == "counts":
+        raise CausalCellError("--measured corrects log(1 + counts per 10,000); leave out --units counts")
     from pyro_causalcell import predict as rooms
 
     fitted = _load(run, device)
     conditions = _listed(perturb)
     fitted.screen.design(conditions)  # a misspelt name is told before the basal cells are read
     times = _asked_times(fitted, _listed(time))
+    if measured is not None:
+        units = None
+        if fitted.dims.times:
+            raise CausalCellError("--measured is for models without time; leave it out")
     start = None if basal is None else _basal_cells(fitted, basal)
     result = rooms.predict(
         fitted, conditions, cells, basal=start, times=times, units=units, library=library, seed=seed
     )
+    if measured is not None:
+        _add_residuals(result, fitted, start, measured, seed)
     _write_h5ad(result, out)
     said = {"counts": "in counts", "lognorm": "in log(1 + counts per 10,000)"}
     shown = said.get(result.uns["causalcell"]["units"], "in the units of the training data")
@@ -861,6 +872,7 @@ def compare(
     gene_symbols: str | None = None,
     allow_empty: bool = False,
     run: list[str] | str | None = None,
+    residuals: bool = False,
     predictions: list[str] | str | None = None,
     units: Literal["counts", "lognorm"] | None = None,
     split: Literal["held-out-perturbations", "held-out-combinations", "random"] | None = None,
@@ -887,6 +899,8 @@ def compare(
         gene_symbols: Column of var with gene names; the index if not given.
         allow_empty: Accept cells and genes without any count.
         run: Run folder of a fit of these cells; repeat it for several that share a split.
+        residuals: Score each run a second time, with what it leaves of the measured means of its training
+            cells.
         predictions: File with predictions of another program (h5ad, Parquet or CSV); repeat it for several.
         units: Units of these files, where they do not say: "counts", or "lognorm" for log(1 + counts per
             10,000).
@@ -913,11 +927,13 @@ def compare(
     methods: list[baselines.Predictor] = [
         baselines.ModelPredictor(fitted, name, seed=seed) for name, fitted in fits.items()
     ]
-    methods += [baselines.PredictionsFile(path, screen, units=units) for path in _listed(predictions)]
     if fits:
         splits = [_shared_split(fits, screen)]
+        if residuals:
+            methods += [baselines.WithResiduals(run, screen, splits[0].train) for run in methods]
     else:
         splits = baselines.make_folds(screen, split or "held-out-perturbations", folds, seed)
+    methods += [baselines.PredictionsFile(path, screen, units=units) for path in _listed(predictions)]
     compared = baselines.compare(
         screen, methods, splits, seeds=range(seed, seed + seeds), min_cells=min_cells, n_cells=cells
     )
@@ -1177,6 +1193,29 @@ def _basal_cells(fitted: "Fit", path: Path) -> "Screen":
             f"{fitted.screen.control or ['control']}; leave out --basal to draw cells anew"
         )
     return Screen.from_spec(fitted.screen, adata[control_n].copy())
+
+
+def _add_residuals(
+    result: "ad.AnnData", fitted: "Fit", basal: "Screen | None", path: Path, seed: int
+) -> None:
+    """Move predicted cells by what the fit leaves of the means of measured cells."""
+    import numpy as np
+
+    from pyro_causalcell.baselines import ModelPredictor, WithResiduals, log_expression
+    from pyro_causalcell.data import Screen, read
+
+    screen = Screen.from_spec(fitted.screen, read(path), unknown="mark")
+    rows = fitted.split.train if _is_fitted_file(fitted, screen) else np.flatnonzero(screen.condition_n >= 0)
+    model = ModelPredictor(fitted, seed=seed, basal=basal)
+    corrected = WithResiduals(model, screen, rows)
+    x_ng = log_expression(fitted, result)
+    for name in result.obs["condition"].cat.categories:
+        of_n = (result.obs["condition"] == name).to_numpy()
+        x_ng[of_n] = corrected.moved(x_ng[of_n], model.predict([name])[0], name)
+    result.X = x_ng.astype(np.float32)
+    if fitted.screen.is_counts:
+        result.uns["causalcell"]["units"] = "lognorm"
+    result.uns["causalcell"]["residuals"] = True
 
 
 def _evaluated_rows(
@@ -1506,8 +1545,8 @@ COMMANDS = {
         predict,
         ("run",),
         {
-            "what to predict": "perturb NAME, cells N, time T, basal FILE.h5ad, units counts|lognorm, "
-            "library X",
+            "what to predict": "perturb NAME, cells N, time T, basal FILE.h5ad, "
+            "measured FILE.h5ad, units counts|lognorm, library X",
             "result": "out FILE.h5ad",
             "how": "seed N, device auto|cpu|cuda",
         },
@@ -1574,7 +1613,7 @@ COMMANDS = {
         {
             "your data": "perturbation COLUMN, control NAME, no_controls, layer LAYER, separator TEXT, "
             "time COLUMN, library COLUMN, gene_symbols COLUMN, allow_empty",
-            "methods": "run RUN, predictions FILE, units counts|lognorm, reference METHOD",
+            "methods": "run RUN, residuals, predictions FILE, units counts|lognorm, reference METHOD",
             "held-out cells": "split held-out-perturbations|held-out-combinations|random, folds N, seeds N, "
             "min_cells N, cells N",
             "result": "out FOLDER",

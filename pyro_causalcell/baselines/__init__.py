@@ -9,8 +9,9 @@ from pyro_causalcell.baselines.compare import (
     make_folds,
     score_predictors,
 )
+from pyro_causalcell.baselines.counts import RATES, CountBaseline
 from pyro_causalcell.baselines.duplicates import InterpolatedDuplicate, TechnicalDuplicate
-from pyro_causalcell.baselines.fitted import ModelPredictor, Oracle, TimeModelPredictor
+from pyro_causalcell.baselines.fitted import ModelPredictor, Oracle, TimeModelPredictor, log_expression
 from pyro_causalcell.baselines.gears import GEARS
 from pyro_causalcell.baselines.lfads import LFADS
 from pyro_causalcell.baselines.means import (
@@ -39,6 +40,7 @@ from pyro_causalcell.baselines.regressions import (
     random_embedding,
 )
 from pyro_causalcell.baselines.renge import RENGE
+from pyro_causalcell.baselines.residuals import WithResiduals
 from pyro_causalcell.baselines.scnode import ScNODE
 from pyro_causalcell.baselines.temporal import (
     AdditiveInTime,
@@ -60,6 +62,7 @@ from pyro_causalcell.baselines.temporal_compare import TimeRecipe, compare_times
 __all__ = [
     "GEARS",
     "LFADS",
+    "RATES",
     "RENGE",
     "Additive",
     "AdditiveInTime",
@@ -67,6 +70,7 @@ __all__ = [
     "CellOT",
     "CellPredictor",
     "Comparison",
+    "CountBaseline",
     "ControlMean",
     "DuplicateInTime",
     "ElasticNetOnTargets",
@@ -96,6 +100,7 @@ __all__ = [
     "TimePredictor",
     "TimeRecipe",
     "TrainingMeans",
+    "WithResiduals",
     "average_conditions",
     "compare",
     "compare_times",
@@ -103,6 +108,7 @@ __all__ = [
     "fit_baselines",
     "halves",
     "log_cp10k",
+    "log_expression",
     "make_folds",
     "pca_embedding",
     "random_embedding",

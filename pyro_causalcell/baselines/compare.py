@@ -86,7 +86,9 @@ FLOOR = "perturbed mean"
 """The baseline that calibrated scores start from, if no other is named."""
 OVER_TIME = {"pearson_train_de": Metric("Pearson of effects against control, training DE genes", True, 1.0)}
 """Metrics of comparisons over time alone."""
-MEASURES: dict[str, Metric] = METRICS | OVER_TIME | DISTANCES | PAIRED
+LIKELIHOOD = {"nll": Metric("negative log-likelihood of a cell, nats", False, None)}
+"""Of counts, given their total; for methods that have one."""
+MEASURES: dict[str, Metric] = METRICS | OVER_TIME | DISTANCES | PAIRED | LIKELIHOOD
 """Every metric a comparison may hold: heading, direction, score of a perfect prediction."""
 _MANY = 20  # held-out cells a condition needs before its mean is worth predicting
 _FEWEST = 3  # perturbed training conditions that a regression needs

@@ -12,7 +12,7 @@ from pyro_causalcell.errors import DataError, PredictionError
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.predict import predict
 
-__all__ = ["ModelPredictor", "Oracle", "TimeModelPredictor"]
+__all__ = ["ModelPredictor", "Oracle", "TimeModelPredictor", "log_expression"]
 
 
 class ModelPredictor:
@@ -51,7 +51,7 @@ class ModelPredictor:
         return [self._drawn(name, n_cells, seed) for name in conditions]
 
     def _drawn(self, condition: str, n_cells: int, seed: int) -> NDArray[np.float64]:
-        return _expression(
+        return log_expression(
             self.fit, predict(self.fit, [condition], n_cells=n_cells, basal=self.basal, seed=seed)
         )
 
@@ -115,7 +115,7 @@ class TimeModelPredictor:
         drawn = predict(
             self.fit, [condition], n_cells=n_cells, basal=self._start(time), times=[time], seed=seed
         )
-        return _expression(self.fit, drawn)
+        return log_expression(self.fit, drawn)
 
     def _start(self, time: float) -> Screen | None:
         """The last snapshot of the basal cells up to a time."""
@@ -132,7 +132,7 @@ class TimeModelPredictor:
         return Screen.from_spec(self.fit.screen, self.basal.adata[last_n].copy())
 
 
-def _expression(fit: Fit, drawn: ad.AnnData) -> NDArray[np.float64]:
+def log_expression(fit: Fit, drawn: ad.AnnData) -> NDArray[np.float64]:
     """Predicted cells in log1p CP10k; normalised values as they are."""
     x_ng = np.asarray(drawn.X, dtype=np.float64)
     if not fit.screen.is_counts:

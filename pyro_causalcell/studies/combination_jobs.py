@@ -3,7 +3,7 @@
 Training cells alone choose everything: genes, changed genes, validation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 
 from pyro_causalcell import datasets, inference, simulate
 from pyro_causalcell.baselines import (
+    RATES,
     CellPredictor,
+    CountBaseline,
     InterpolatedDuplicate,
     ModelPredictor,
     Predictor,
     TechnicalDuplicate,
     TrainingMeans,
+    WithResiduals,
     halves,
     log_cp10k,
     training_means,
@@ -33,13 +36,21 @@ from pyro_causalcell.baselines.means import Moments, condition_moments, moments
 from pyro_causalcell.data import Screen, Split, held_out_combinations
 from pyro_causalcell.data.spec import CONTROL
 from pyro_causalcell.errors import DataError
-from pyro_causalcell.evaluate import Truth, discrepancy_vae_scores, interaction_classes, response_scores
+from pyro_causalcell.evaluate import (
+    Truth,
+    discrepancy_vae_scores,
+    interaction_classes,
+    iw_nll,
+    response_scores,
+)
 from pyro_causalcell.evaluate.response import top_expressed
 from pyro_causalcell.models.sams_vae import PRESETS as SAMS
 from pyro_causalcell.studies.runner import Job, Scores
 
 __all__ = ["EFFORTS", "METHODS", "METRICS", "Drawn", "Effort", "Task", "TrueProcess", "score_job"]
 
+Law = Callable[[NDArray[np.int64]], NDArray[np.float64]]
+"""Negative log-likelihoods of the cells in some rows."""
 REFERENCES = "references"
 """The job that scores every baseline, the duplicates and the oracle."""
 INTERACTIONS = "sVAE+ (ours), interactions"
@@ -87,6 +98,7 @@ METRICS = {
     "rel_rmse_paired": "relative RMSE, paired cells",
     "r2_paired": "R², 32 cells",
     "mmd_paired": "MMD, 32 cells",
+    "nll": "NLL of a cell",
     "kind_f1": "macro-F1 of the kind",
 }
 """Columns of the table, with their headings. log1p CP10k; higher is better for Pearson, R² and F1."""
@@ -96,6 +108,7 @@ GENE_SETS = {"all": "", "top": ", top 1,000 genes", "de": ", 20 DE genes"}
 
 N_GENES = 5000  # of Norman 2019
 N_TOP, N_DE = 1000, 20
+N_PARTICLES = 200  # of the likelihood of a cell
 N_SINGLE_CELLS = 96  # held out of each of the paper's singles
 SINGLES = (
     *("KLF1", "BAK1", "CEBPE", "UBASH3B", "ETS2", "OSR2", "SLC4A1"),
@@ -181,12 +194,10 @@ class Task(NamedTuple):
 
     @property
     def conditions(self) -> list[str]:
-        """Conditions that have to be predicted: scored ones, and what their kinds are read against."""
+        """Conditions that have to be predicted: those of the training cells, and scored ones."""
+        seen = np.unique(self.screen.condition_n[self.split.train])
         scored = [name for names, _ in self.parts.values() for name in names]
-        if not self.kinds:
-            return list(dict.fromkeys(scored))
-        alone = [target for name in scored for target in self.screen.describe().split(name)]
-        return list(dict.fromkeys([CONTROL, *alone, *scored]))
+        return list(dict.fromkeys([*(self.screen.conditions[c] for c in seen), *scored]))
 
 
 def score_job(job: Job, folder: Path) -> Scores:
@@ -196,10 +207,21 @@ def score_job(job: Job, folder: Path) -> Scores:
     means = training_means(task.screen, task.split.train)
     if job.method == REFERENCES:
         predictors = _references(job, task, means, effort)
+        laws = _count_baselines(task)
     else:
-        predictors = [_trained(job, task, effort, folder)]
+        fit, screen = _trained(job, task, effort, folder)
+        control = task.split.train[screen.condition_n[task.split.train] == 0]
+        basal = Screen.from_spec(fit.screen, screen.adata[control].copy())
+        drawn = _drawn(ModelPredictor(fit, job.method, basal=basal), task, effort, job.seed)
+        predictors = [drawn, WithResiduals(drawn, task.screen, task.split.train)]
+        is_gaussian = not fit.screen.is_counts
+        laws = {} if is_gaussian else {job.method: partial(_nll, fit, screen, job.seed)}
     scored = partial(_scores, task.screen, means, predictors, effort, job.seed)
-    tables = [scored(*part).assign(part=name) for name, part in task.parts.items()]
+    tables = [
+        table.assign(part=name)
+        for name, part in task.parts.items()
+        for table in (scored(*part), *_likelihoods(task.screen, laws, *part))
+    ]
     kinds = [
         (method.name, name, task.kinds[name], kind)
         for method in predictors
@@ -401,7 +423,21 @@ def _references(job: Job, task: Task, means: TrainingMeans, effort: Effort) -> l
     return methods
 
 
-def _trained(job: Job, task: Task, effort: Effort, folder: Path) -> Predictor:
+def _count_baselines(task: Task) -> dict[str, Law]:
+    if not task.screen.is_counts:
+        return {}
+    screen = task.screen if task.screen.describe().library is None else _with_rest(task.screen)
+    baselines = [CountBaseline(rates, screen, task.split.train) for rates in RATES]
+    return {baseline.name: baseline.nll for baseline in baselines}
+
+
+def _nll(fit: inference.Fit, screen: Screen, seed: int, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    cells = Screen.from_spec(fit.screen, screen.adata)
+    return np.asarray(iw_nll(fit, cells, rows, n_particles=N_PARTICLES, seed=seed)["nll"])
+
+
+def _trained(job: Job, task: Task, effort: Effort, folder: Path) -> tuple[inference.Fit, Screen]:
+    """The fit, and the cells as it sees them."""
     model, chosen = METHODS[job.arguments["method"]]
     settings: dict[str, Any] = {"epochs": effort.epochs, "lr": LR, "patience": PATIENCE}
     settings |= {**_of_size(model, job.arguments["n_latents"]), **chosen}
@@ -428,10 +464,7 @@ def _trained(job: Job, task: Task, effort: Effort, folder: Path) -> Predictor:
         progress=False,
         **settings,
     )
-    control = task.split.train[screen.condition_n[task.split.train] == 0]
-    basal = Screen.from_spec(fit.screen, screen.adata[control].copy())
-    predictor = ModelPredictor(fit, job.method, basal=basal)
-    return _drawn(predictor, task, effort, job.seed)
+    return fit, screen
 
 
 def _drawn(method: CellPredictor, task: Task, effort: Effort, seed: int) -> Drawn:
@@ -513,6 +546,19 @@ def _scores(
                 columns = {"method": method.name, "genes": genes, "metric": metric}
                 tables.append(pd.DataFrame({"condition": conditions, "value": value_c}).assign(**columns))
     return pd.concat(tables, ignore_index=True)
+
+
+def _likelihoods(
+    screen: Screen, laws: Mapping[str, Law], conditions: Sequence[str], rows: NDArray[np.int64]
+) -> list[pd.DataFrame]:
+    """Mean negative log-likelihood of the cells of each condition; columns as of ``_scores``."""
+    names = np.array(screen.conditions, dtype=object)[screen.condition_n[rows]]
+    tables = []
+    for method, law in laws.items():
+        value_c = pd.Series(law(rows)).groupby(names).mean()[list(conditions)]
+        columns = {"method": method, "genes": "all", "metric": "nll"}
+        tables.append(value_c.rename_axis("condition").reset_index(name="value").assign(**columns))
+    return tables
 
 
 def _gene_sets(truth: Truth, means: TrainingMeans, screen: Screen) -> dict[str, Truth]:

@@ -17,6 +17,7 @@ import pandas as pd
 from sklearn.metrics import f1_score
 
 from pyro_causalcell.baselines import Comparison
+from pyro_causalcell.baselines.residuals import RESIDUALS
 from pyro_causalcell.errors import CausalCellError
 from pyro_causalcell.plot import compare_methods
 from pyro_causalcell.studies.combination_jobs import (
@@ -45,8 +46,10 @@ __all__ = ["PAPER", "jobs_of_norman", "jobs_of_simulated", "run_norman", "run_si
 
 COMPARED = ("l2", "pearson_control", "pearson_perturbed", "e_distance")
 """Metrics of the page of paired differences."""
-AGAINST = ("additive", "matching mean")
+AGAINST = ("additive", "matching mean", "elastic net")
 """Baselines that every method is compared with, double by double."""
+OURS = ("sVAE+ (ours) (", "cDAG-VAE (ours) (")
+"""How methods begin that are compared with every other one as well."""
 
 
 def _paper_numbers() -> dict[tuple[str, str, str], float]:
@@ -316,12 +319,17 @@ def _macro_f1(kinds: pd.DataFrame) -> float:
 
 
 def _differences(scores: pd.DataFrame) -> pd.DataFrame:
-    """Paired differences from the baselines, over conditions; seeds of a condition are averaged first."""
+    """Paired differences over conditions, from some baselines, and of ours from every method.
+
+    Seeds of a condition are averaged first.
+    """
     parts = []
     for setting, block in scores.groupby("setting", sort=False):
         compared = Comparison(block, pd.DataFrame())
-        for reference in AGAINST:
-            parts.append(compared.differences(reference).assign(setting=setting, reference=reference))
+        for reference in compared.methods:
+            found = compared.differences(reference).assign(setting=setting, reference=reference)
+            is_ours = found["method"].str.startswith(OURS)
+            parts.append(found if reference in AGAINST else found[is_ours])
     table = pd.concat(parts, ignore_index=True).dropna(subset=["difference"])
     return table[["setting", "reference", *table.columns.drop(["setting", "reference"])]]
 
@@ -337,21 +345,32 @@ def _by_kind(scores: pd.DataFrame, kinds: pd.DataFrame) -> pd.DataFrame:
 
 def _differences_page(differences: pd.DataFrame) -> str:
     """Differences in Markdown: bold where the 95 % interval is on the better side of zero."""
-    parts = []
     shown = differences[differences["metric"].isin(COMPARED)]
-    for (setting, reference), block in shown.groupby(["setting", "reference"], sort=False):
-        n = int(block["n_conditions"].max())
-        lines = [
-            f"\n### {setting}: difference from {reference}, {n} conditions, 95 % interval\n",
-            "| method | " + " | ".join(METRICS[m] for m in COMPARED) + " |",
-            "|---" * (len(COMPARED) + 1) + "|",
-        ]
-        for method, rows in block.groupby("method", sort=False):
-            by_metric = rows.set_index("metric")
-            cells = [_interval(by_metric.loc[m]) if m in by_metric.index else "–" for m in COMPARED]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
+    against = shown[shown["reference"].isin(AGAINST)]
+    parts = [
+        _differences_table(block, f"{setting}: difference from {reference}", "method")
+        for (setting, reference), block in against.groupby(["setting", "reference"], sort=False)
+    ]
+    ours = shown[shown["method"].str.startswith(OURS) & shown["method"].str.endswith(RESIDUALS)]
+    parts += [
+        _differences_table(block, f"{setting}: difference of {method} from each", "reference")
+        for (setting, method), block in ours.groupby(["setting", "method"], sort=False)
+    ]
     return "\n".join(["", *parts]) + "\n"
+
+
+def _differences_table(block: pd.DataFrame, title: str, row: str) -> str:
+    n = int(block["n_conditions"].max())
+    lines = [
+        f"\n### {title}, {n} conditions, 95 % interval\n",
+        f"| {row} | " + " | ".join(METRICS[m] for m in COMPARED) + " |",
+        "|---" * (len(COMPARED) + 1) + "|",
+    ]
+    for name, rows in block.groupby(row, sort=False):
+        by_metric = rows.set_index("metric")
+        cells = [_interval(by_metric.loc[m]) if m in by_metric.index else "–" for m in COMPARED]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _interval(row: pd.Series) -> str:

@@ -14,6 +14,8 @@ import xarray as xr
 
 from pyro_causalcell import __version__, datasets, report, studies
 from pyro_causalcell import cli as room
+from pyro_causalcell.baselines import condition_means
+from pyro_causalcell.data import Screen
 from pyro_causalcell.inference import Fit
 
 Run = Callable[..., Any]
@@ -181,6 +183,29 @@ def test_predict_from_the_control_cells_of_a_file(
     result = ad.read_h5ad("P.h5ad")
     assert set(tiny_adata.obs["target"][result.obs["basal_cell"]]) == {"non-targeting"}
     assert result.uns["causalcell"]["units"] == "lognorm"
+
+
+def test_predict_adds_what_is_left_of_measured_means(cli: Run, run: Path, data: Path) -> None:
+    words = ["predict", run, "--perturb", "A", "--perturb", "control", "--cells", 200, "--basal", data]
+    assert cli(*words, "--units", "lognorm", "--out", "P.h5ad").code == 0
+    assert cli(*words, "--measured", data, "--out", "Q.h5ad").code == 0
+    bare, corrected = ad.read_h5ad("P.h5ad"), ad.read_h5ad("Q.h5ad")
+    assert corrected.uns["causalcell"]["units"] == "lognorm" and corrected.uns["causalcell"]["residuals"]
+    screen = Screen.from_spec(Fit.load(run).screen, ad.read_h5ad(data))
+    measured = condition_means(screen, np.arange(screen.n_cells), ["A", "control"])
+    of = [(bare.obs["condition"] == name).to_numpy() for name in ("A", "control")]
+    gap = [
+        np.abs(a.X[n].mean(0) - m).mean()
+        for a in (bare, corrected)
+        for n, m in zip(of, measured, strict=True)
+    ]
+    assert gap[2] < 0.7 * gap[0] and gap[3] < 0.7 * gap[1]
+
+
+def test_residuals_are_of_log_normalised_values(cli: Run, run: Path, data: Path) -> None:
+    words = ["predict", run, "--perturb", "A", "--measured", data, "--units", "counts", "--out", "P.h5ad"]
+    result = cli(*words)
+    assert result.code == 2 and "leave out --units counts" in result.err[0] and not Path("P.h5ad").exists()
 
 
 def test_predict_needs_control_cells_to_start_from(cli: Run, run: Path, tiny_adata: ad.AnnData) -> None:

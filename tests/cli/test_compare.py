@@ -101,3 +101,11 @@ def test_conditions_left_out_are_named(cli: Run, tiny_adata: ad.AnnData) -> None
     result = cli("compare", "few.h5ad", *COLUMNS, *words, "--out", "C")
     assert result.out[:2] == ["4 held-out conditions, 2 folds", "left out, too few cells: D"]
     assert "D (4, fold 1)" in Path("C/comparison.md").read_text()
+
+
+def test_a_run_is_scored_a_second_time_with_what_it_leaves(cli: Run, data: Path, fit_words: Run) -> None:
+    assert cli(*fit_words("run", "--hold-out", "A+B")).code == 0
+    result = cli("compare", data, *COLUMNS, "--run", "run", "--residuals", "--out", "C")
+    assert (result.code, result.err) == (0, [])
+    scores = pd.read_csv("C/scores.csv").set_index(["method", "metric"])["value"]
+    assert scores["run, with residuals", "l2"] < scores["run", "l2"]  # three epochs leave much

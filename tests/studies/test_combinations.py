@@ -10,10 +10,10 @@ import pytest
 from scipy import sparse
 
 from pyro_causalcell import simulate
-from pyro_causalcell.baselines import log_cp10k
+from pyro_causalcell.baselines import RATES, log_cp10k
 from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import CausalCellError, DataError
-from pyro_causalcell.studies import run_study
+from pyro_causalcell.studies import combinations, run_study
 from pyro_causalcell.studies.combination_jobs import (
     CDAG,
     DAG,
@@ -117,10 +117,14 @@ def test_tables_of_the_simulated_screen(quick: tuple[Path, pd.DataFrame]) -> Non
     assert set(table["setting"]) == {
         s + more for s in ("no double seen", SEEN) for more in ("", ", 20 DE genes")
     }
-    assert {"CPA-VAE (4)", "oracle"} | BASELINES | CEILINGS <= set(table["method"])
+    assert {"CPA-VAE (4)", "CPA-VAE (4), with residuals", "oracle"} | BASELINES | CEILINGS <= set(
+        table["method"]
+    )
     assert table["paper"].isna().all() and (table["n_seeds"] == 1).all()
     found = table[table["setting"] == SEEN].set_index(["method", "metric"])["mean"]
     assert set(METRICS) == set(found["CPA-VAE (4)"].index)
+    # Two epochs leave nearly everything.
+    assert found["CPA-VAE (4), with residuals", "l2"] < 0.9 * found["CPA-VAE (4)", "l2"]
     # The process itself is closest, and the duplicates see held-out cells.
     assert found["oracle", "l2"] < found["additive", "l2"] < found["CPA-VAE (4)", "l2"]
     assert found["oracle", "rmse_cell_vs_mean"] < found["additive", "rmse_cell_vs_mean"]
@@ -137,7 +141,7 @@ def test_tables_of_the_simulated_screen(quick: tuple[Path, pd.DataFrame]) -> Non
 def test_differences_are_paired_over_doubles(quick: tuple[Path, pd.DataFrame]) -> None:
     out, _ = quick
     scores, found = pd.read_csv(out / "scores.csv"), pd.read_csv(out / "differences.csv")
-    assert set(found["reference"]) == {"additive", "matching mean"}
+    assert set(found["reference"]) == {"additive", "matching mean", "elastic net"}
     of = scores[(scores["setting"] == "no double seen") & (scores["metric"] == "l2")]
     by_method = of.pivot(index="condition", columns="method", values="value")
     assert len(by_method) == 8 and by_method.index.str.startswith("seed 0: ").all()
@@ -145,6 +149,18 @@ def test_differences_are_paired_over_doubles(quick: tuple[Path, pd.DataFrame]) -
     row = found.set_index(keys).loc[("no double seen", "additive", "oracle", "l2")]
     assert row["difference"] == pytest.approx((by_method["oracle"] - by_method["additive"]).mean())
     assert row["low"] < row["difference"] < row["high"] < 0 and row["better"] and row["n_conditions"] == 8
+
+
+def test_ours_are_compared_with_every_method(quick: tuple[Path, pd.DataFrame]) -> None:
+    scores = pd.read_csv(quick[0] / "scores.csv")
+    theirs, ours = "CPA-VAE (4), with residuals", "sVAE+ (ours) (4), with residuals"
+    found = combinations._differences(scores.replace({"method": {theirs: ours}}))
+    of_ours = found[found["method"] == ours]
+    have_none = {"control rates", "perturbed rates", "matching rates", "additive rates"}  # a likelihood alone
+    assert set(of_ours["reference"]) == set(scores["method"]) - {theirs} - have_none
+    assert set(found["reference"][found["method"] == "oracle"]) == set(combinations.AGAINST)
+    page = combinations._differences_page(found)
+    assert f"difference of {ours} from each, 8 conditions" in page and "| oracle | " in page
 
 
 def test_kinds_are_scored_against_the_simulator(quick: tuple[Path, pd.DataFrame]) -> None:
@@ -177,7 +193,7 @@ def test_pairs_seen_in_training_get_shifts_of_their_own(tmp_path: Path) -> None:
     jobs = jobs_of_simulated(size="quick", methods=[INTERACTIONS], seeds=1)
     (job,) = [job for job in jobs if job.method == f"{INTERACTIONS} (4)"]
     scores = score_job(job, tmp_path)
-    assert set(scores["scores"]["method"]) == {job.method}
+    assert set(scores["scores"]["method"]) == {job.method, f"{job.method}, with residuals"}
     record = json.loads((tmp_path / "fit.json").read_text())
     assert len(record["model"]["settings"]["interactions"]) == 4 and job.setting == SEEN
 
@@ -202,9 +218,15 @@ def test_a_fit_predicts_the_genes_of_the_screen_and_their_share_of_the_total(
 ) -> None:
     monkeypatch.setitem(EFFORTS, "quick", EFFORTS["quick"]._replace(epochs=25, n_drawn=300))
     jobs = jobs_of_norman(methods=["CPA-VAE"], seeds=1, quick=True)
-    found = pd.DataFrame(score_job(jobs[-1], tmp_path)["scores"]).query("genes == 'all'")
+    scores = pd.DataFrame(score_job(jobs[-1], tmp_path)["scores"]).query("genes == 'all'")
+    found = scores.set_index(["method", "metric"])["value"]
     # The genes of the subset hold a part of all counts: a fit that gave them all of it would be off by 5.
-    assert found.set_index("metric")["value"]["l2"] < 2.5
+    assert found[jobs[-1].method, "l2"] < 2.5
+    assert found[f"{jobs[-1].method}, with residuals", "l2"] < 1.0
+    references = pd.DataFrame(score_job(jobs[0], tmp_path)["scores"]).query("metric == 'nll'")
+    nll = references.set_index("method")["value"]
+    assert list(nll.index) == [f"{rates} rates" for rates in RATES] and nll["matching rates"] < nll.min() + 5
+    assert nll["control rates"] < found[jobs[-1].method, "nll"] < 3 * nll["control rates"]  # 25 epochs
 
 
 def test_subset_quick(tmp_path: Path) -> None:
@@ -285,7 +307,8 @@ def test_a_file_without_counts_is_scored_and_fitted_as_it_is(tmp_path: Path) -> 
     assert [job.method for job in jobs] == [REFERENCES, "Discrepancy-VAE (4)", "CPA-VAE (4)"]
     for job in jobs[1:]:
         found = pd.DataFrame(score_job(job, tmp_path / job.key)["scores"])
-        assert set(found["part"]) == {"doubles", "singles"} and set(found["method"]) == {job.method}
+        assert set(found["part"]) == {"doubles", "singles"} and "nll" not in set(found["metric"])
+        assert set(found["method"]) == {job.method, f"{job.method}, with residuals"}
         assert np.isfinite(found["value"]).all()
 
 
