@@ -14,6 +14,7 @@ __all__ = ["RATES", "CountBaseline", "Rates"]
 
 Rates = Literal["control", "perturbed", "matching", "additive"]
 RATES: tuple[Rates, ...] = get_args(Rates)
+"""What the rates of a condition may be, see :class:`CountBaseline`."""
 _THETAS = np.geomspace(0.05, 200, 30)  # inverse dispersions that are tried
 _ROWS = 1024
 
