@@ -22,6 +22,8 @@ _ROWS = 1024
 class CountBaseline:
     """Counts of a condition around library × rate, negative binomial, with rates of the training cells alone.
 
+    There are four of them, one for each of :data:`RATES`; they share totals and dispersions.
+
     A gene's rate in a condition is its share of all counts there. One more cell, of the mean of all perturbed
     cells, is added to each condition, so that no rate is zero. The rates of a combination are those of
     ``"control"``, of all ``"perturbed"`` cells, the mean of its targets' (``"matching"``), or those where the
@@ -30,7 +32,6 @@ class CountBaseline:
     likelihood over the training cells, each around its own condition.
 
     Args:
-        rates: What the rates of a condition are.
         screen: Counts.
         rows: Its training cells.
 
@@ -38,8 +39,8 @@ class CountBaseline:
         DataError: The screen holds no counts, or no control or no perturbed cell trains.
     """
 
-    def __init__(self, rates: Rates, screen: Screen, rows: NDArray[np.int64]):
-        self.rates, self.name, self.screen = rates, f"{rates} rates", screen
+    def __init__(self, screen: Screen, rows: NDArray[np.int64]):
+        self.screen = screen
         if not screen.is_counts:
             raise DataError("a likelihood of counts needs counts; open the screen with layer= of its counts.")
         code_n = screen.condition_n[rows]
@@ -57,21 +58,21 @@ class CountBaseline:
         self.seen = {screen.conditions[c] for c in np.unique(code_n)}
         self.theta_g = self._most_likely(rows)
 
-    def nll(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    def nll(self, rows: NDArray[np.int64], rates: Rates) -> NDArray[np.float64]:
         """Negative log-likelihood of the counts of each cell given its library, in nats, shape (n,)."""
-        rate_cg = np.stack([self.rate(name) for name in self.screen.conditions])
+        rate_cg = np.stack([self.rate(name, rates) for name in self.screen.conditions])
         parts = []
         for x_ng, library_n1, code_n in self._cells(rows):
             parts.append(-_log_nb(x_ng, library_n1 * rate_cg[code_n], self.theta_g).sum(1))
         return np.concatenate(parts)
 
-    def rate(self, condition: str) -> NDArray[np.float64]:
+    def rate(self, condition: str, rates: Rates) -> NDArray[np.float64]:
         """Expected share of each gene in a cell's counts, shape (g,)."""
         targets = self.screen.describe().split(self.screen.canonical(condition))
         control_g = self.rate_cg[0]
-        if self.rates == "control" or not targets:
+        if rates == "control" or not targets:
             return control_g
-        if self.rates == "perturbed":
+        if rates == "perturbed":
             return self.perturbed_g
         alone_tg = np.array(
             [
@@ -79,7 +80,7 @@ class CountBaseline:
                 for t in targets
             ]
         )
-        if self.rates == "matching" or len(targets) == 1:
+        if rates == "matching" or len(targets) == 1:
             mean_g: NDArray[np.float64] = alone_tg.mean(0)
             return mean_g
         combined_g: NDArray[np.float64] = control_g * (alone_tg / control_g).prod(0)

@@ -150,7 +150,7 @@ _COLUMNS = {
     "shape": tuple(range(15, 15 + len(SHAPES))),
 }
 _N_ANSWERS = 15 + len(SHAPES)
-_RAW = {**{name: i for i, name in enumerate(FACTORS[:3])}}
+_RAW = {name: i for i, name in enumerate(FACTORS[:3])}
 _RAW |= {name: _N_ANSWERS + i for i, name in enumerate(FACTORS[3:])}
 
 

@@ -214,8 +214,7 @@ def score_job(job: Job, folder: Path) -> Scores:
         basal = Screen.from_spec(fit.screen, screen.adata[control].copy())
         drawn = _drawn(ModelPredictor(fit, job.method, basal=basal), task, effort, job.seed)
         predictors = [drawn, WithResiduals(drawn, task.screen, task.split.train)]
-        is_gaussian = not fit.screen.is_counts
-        laws = {} if is_gaussian else {job.method: partial(_nll, fit, screen, job.seed)}
+        laws = {job.method: partial(_nll, fit, screen, job.seed)} if fit.screen.is_counts else {}
     scored = partial(_scores, task.screen, means, predictors, effort, job.seed)
     tables = [
         table.assign(part=name)
@@ -427,8 +426,8 @@ def _count_baselines(task: Task) -> dict[str, Law]:
     if not task.screen.is_counts:
         return {}
     screen = task.screen if task.screen.describe().library is None else _with_rest(task.screen)
-    baselines = [CountBaseline(rates, screen, task.split.train) for rates in RATES]
-    return {baseline.name: baseline.nll for baseline in baselines}
+    baseline = CountBaseline(screen, task.split.train)
+    return {f"{rates} rates": partial(baseline.nll, rates=rates) for rates in RATES}
 
 
 def _nll(fit: inference.Fit, screen: Screen, seed: int, rows: NDArray[np.int64]) -> NDArray[np.float64]:
