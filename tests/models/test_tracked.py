@@ -8,7 +8,8 @@ import torch
 from pyro import poutine
 
 from pyro_causalcell.batch import Batch
-from pyro_causalcell.data import Screen
+from pyro_causalcell.data import Screen, Split
+from pyro_causalcell.errors import CheckpointError
 from pyro_causalcell.guides.temporal_scm import TemporalSCMGuide
 from pyro_causalcell.inference import elbo_terms, fit
 from pyro_causalcell.models.temporal_scm import TemporalSCM
@@ -174,3 +175,30 @@ def test_images_train_and_are_drawn(training):
     )
     assert np.isfinite(trained.history["validation_loss"]).all()
     assert predict(trained, ["A"], times=[2.0], n_cells=3).shape == (3, 192)
+
+
+def test_a_run_goes_on_with_its_own_tracks_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame(
+        {
+            "target": np.tile(["control", "A"], 20),
+            "time": np.repeat([0, 1], 20),
+            "cell": np.tile(np.arange(20), 2),
+            "other": np.r_[np.arange(20), np.roll(np.arange(20), 2)],
+        },
+        index=[f"c{n}" for n in range(40)],
+    )
+    adata = ad.AnnData(rng.normal(size=(40, 6)).astype(np.float32), obs)
+    nothing = np.empty(0, dtype=np.int64)
+    split = Split("all", np.arange(40), nothing, nothing, 0, {"n_cells": 40})
+
+    def train(track: str):
+        screen = Screen(adata, control="control", time="time", track=track)
+        settings = SIZES | {"warm_start": 0, "epochs": 2, "alignment": "none", "batch_size": 16}
+        settings |= {"out": tmp_path / "run", "split": split, "resume": True, "progress": False}
+        return fit("temporal-scm", None, screen, **settings)
+
+    train("cell")
+    train("cell")
+    with pytest.raises(CheckpointError, match="other settings, data or code"):
+        train("other")
