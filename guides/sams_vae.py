@@ -103,8 +103,11 @@ class SAMSVAEGuide(PyroModule):
         if described:
             loc_pk, scale_pk, expected_pk = self.shift_map(self.embedding_pe, phi_pk, loc_pk, scale_pk)
         if self.mask != "none":
-            logit_pk = self.gate_curve(expected_pk**2, self.gate_logit) if described else self.gate_logit
-            if self.mask == "beta" and not described:
+            logit_pk = self.gate_logit
+            if described:
+                logit_pk = self.gate_curve(expected_pk**2, logit_pk)
+                loc_pk = self.gate_curve.where_open(loc_pk, logit_pk)
+            elif self.mask == "beta":
                 beta = dist.Beta(1 + phi_pk.sum(-1), self.alpha + (1 - phi_pk).sum(-1))
                 pyro.sample("edge_rate", beta.to_event(1))  # q(π)
             gate_pk = pyro.sample("gate", StraightThroughGate(logits=logit_pk).to_event(2))  # q(m)

@@ -135,6 +135,7 @@ class SparseShiftGuide(PyroModule):
             logit_pk = self.gate_logit
             if described:
                 logit_pk = self.gate_curve(expected_pk**2, logit_pk)
+                loc_pk = self.gate_curve.where_open(loc_pk, logit_pk)
             else:
                 beta = dist.Beta(1 + phi_pk, self.alpha + 1 - phi_pk)
                 pyro.sample("edge_rate", beta.to_event(2))  # q(π)

@@ -154,7 +154,9 @@ class TemporalSCMGuide(PyroModule):
             open_pv = ones_pv if logit_pv is None else torch.sigmoid(logit_pv)
             *shift, expected_pv = self.maps["shift"](self.embedding_pe, open_pv, *shift)
             *start, _ = self.maps["start"](self.embedding_pe, ones_pv, *start)
-            logit_pv = None if logit_pv is None else self.gate_curve(expected_pv**2, logit_pv)
+            if logit_pv is not None:
+                logit_pv = self.gate_curve(expected_pv**2, logit_pv)
+                shift[0] = self.gate_curve.where_open(shift[0], logit_pv)
         if logit_pv is not None:
             if not hasattr(self, "embedding_pe"):
                 phi_pv = torch.sigmoid(logit_pv)

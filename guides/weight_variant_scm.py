@@ -157,6 +157,8 @@ class WeightVariantSCMGuide(PyroModule):
             logit_pv, phi_pv = self.gate_logit, torch.sigmoid(self.gate_logit)
             if hasattr(self, "embedding_pe"):
                 logit_pv = self.gate_curve(squared_pv, logit_pv)
+                for part in self.gated_parts():
+                    parts[part] = (self.gate_curve.where_open(parts[part][0], logit_pv), parts[part][1])
             else:
                 beta = dist.Beta(1 + phi_pv, self.n_targets + 1 - phi_pv)
                 pyro.sample("gate_rate", beta.to_event(2))  # q(π), the conjugate update
@@ -194,9 +196,13 @@ class WeightVariantSCMGuide(PyroModule):
         found, locs = {}, []
         for part, (loc, scale) in own.items():
             *found[part], expected = self.maps[part](self.embedding_pe, opened[part], loc, scale)
-            if self.site(part) != "loading":
+            if part in self.gated_parts():
                 locs.append(expected)
         return {part: (loc, scale) for part, (loc, scale) in found.items()}, squared_size(locs, ones_pv)
+
+    def gated_parts(self) -> list[str]:
+        """Parts of a change that are there only where its gate is open."""
+        return [part for part in self.alters if self.site(part) != "loading"]
 
     def site(self, part: str) -> str:
         """Site of a part of a change."""

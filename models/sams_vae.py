@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, measurement, spread
-from pyro_causalcell.embeddings import expected_effects, expected_gates
+from pyro_causalcell.embeddings import expected_effects, expected_gates, where_open
 from pyro_causalcell.nets import Activation, Decoder, Norm
 
 __all__ = ["PRESETS", "SAMSVAE"]
@@ -137,7 +137,9 @@ class SAMSVAE(PyroModule):
         if described:
             loc_pk, scale = expected_effects("shift", self.embedding_pe, (self.n_latents,), self.shift_scale)
         if self.mask != "none" and described:
-            gate_pk = pyro.sample("gate", Gate(logits=expected_gates("gate", loc_pk**2)).to_event(2))  # p(m)
+            logit_pk = expected_gates("gate", loc_pk**2)
+            loc_pk = where_open(loc_pk, logit_pk)
+            gate_pk = pyro.sample("gate", Gate(logits=logit_pk).to_event(2))  # p(m)
         elif self.mask != "none":
             rate_p = u_np.new_full((self.n_targets,), self.rate)
             if self.mask == "beta":

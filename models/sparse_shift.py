@@ -17,7 +17,7 @@ from pyro_causalcell.distributions import (
     measurement,
     spread,
 )
-from pyro_causalcell.embeddings import expected_effects, expected_gates
+from pyro_causalcell.embeddings import expected_effects, expected_gates, where_open
 from pyro_causalcell.nets import Activation, Decoder, Network, Norm, straight_through, with_interactions
 from pyro_causalcell.penalties import beta_sparsity, edge_cost
 
@@ -201,7 +201,8 @@ class SparseShift(PyroModule):
             loc_pk, scale = expected_effects("shift", self.embedding_pe, shape[1:], self.shift_scale)
         if self.gates == "posterior":
             if described:
-                gate = Gate(logits=expected_gates("gate", loc_pk**2))
+                logit_pk = expected_gates("gate", loc_pk**2)
+                gate, loc_pk = Gate(logits=logit_pk), where_open(loc_pk, logit_pk)
             else:
                 beta = dist.Beta(u_np.new_ones(shape), u_np.new_full(shape, self.alpha))
                 gate = Gate(pyro.sample("edge_rate", beta.to_event(2)))  # p(π)

@@ -20,7 +20,7 @@ from pyro_causalcell.distributions import (
     measurement,
     spread,
 )
-from pyro_causalcell.embeddings import expected_effects, expected_gates
+from pyro_causalcell.embeddings import expected_effects, expected_gates, where_open
 from pyro_causalcell.nets import Activation, AdditiveMaps, Decoder, Network, Norm, times
 from pyro_causalcell.penalties import edge_cost, potentials, sinkhorn_divergence, transport_cost
 
@@ -330,7 +330,8 @@ class TemporalSCM(PyroModule):
         if self.gates == "posterior":
             cost_p = self.cells_p * self.min_effect**2 / 2
             if hasattr(self, "embedding_pe"):
-                gate = Gate(logits=expected_gates("gate", shift[0] ** 2))
+                logit_pv = expected_gates("gate", shift[0] ** 2)
+                gate, shift = Gate(logits=logit_pv), (where_open(shift[0], logit_pv), shift[1])
             else:
                 beta = dist.Beta(gate_pv, float(self.n_targets) * gate_pv)
                 gate = Gate(pyro.sample("gate_rate", beta.to_event(2)))  # p(π)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_causalcell.batch import Batch, carried
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, LinearSCM, measurement, spread
-from pyro_causalcell.embeddings import expected_effects, expected_gates, squared_size
+from pyro_causalcell.embeddings import expected_effects, expected_gates, squared_size, where_open
 from pyro_causalcell.nets import Activation, Decoder, Norm
 from pyro_causalcell.penalties import edge_cost
 
@@ -183,7 +183,7 @@ class WeightVariantSCM(PyroModule):
     def forward(self, batch: Batch) -> Tensor:
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
         expected = self.expected()
-        gate_pv, edge_vk = self.structure(expected)
+        gate_pv, edge_vk, expected = self.structure(expected)
         changes = self.changes(gate_pv, edge_vk, expected)
 
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
@@ -212,14 +212,18 @@ class WeightVariantSCM(PyroModule):
             return {name: (zero, zero + sd) for name, _, sd in sites}
         return {name: expected_effects(name, self.embedding_pe, shape, sd) for name, shape, sd in sites}
 
-    def structure(self, expected: Expected) -> tuple[Tensor, Tensor]:
-        """Gates γ, shape p, v, and edges g, shape v, l+v."""
+    def structure(self, expected: Expected) -> tuple[Tensor, Tensor, Expected]:
+        """Gates γ, shape p, v, edges g, shape v, l+v, and what is expected where gates are open."""
         edge_vk: Tensor = self.allowed_vk
         gate_pv = edge_vk.new_ones(self.n_targets, self.n_responsive)
         if self.gates == "posterior":
             if hasattr(self, "embedding_pe"):
-                locs = [loc for name, (loc, _) in expected.items() if name != "loading"]
-                gate = Gate(logits=expected_gates("gate", squared_size(locs, gate_pv)))
+                gated = {name: part for name, part in expected.items() if name != "loading"}
+                logit_pv = expected_gates("gate", squared_size([loc for loc, _ in gated.values()], gate_pv))
+                gate = Gate(logits=logit_pv)
+                expected = expected | {
+                    name: (where_open(loc, logit_pv), sd) for name, (loc, sd) in gated.items()
+                }
             else:
                 beta = dist.Beta(gate_pv, float(self.n_targets) * gate_pv)
                 gate = Gate(pyro.sample("gate_rate", beta.to_event(2)))  # p(π)
@@ -229,7 +233,7 @@ class WeightVariantSCM(PyroModule):
             edge_vk = edge_vk * pyro.sample("edge", Gate(0.5 * torch.ones_like(edge_vk)).to_event(2))  # p(g)
             changed_v = self.cells_p @ gate_pv.detach()  # cells in which the edge can act
             edge_cost("min_weight", edge_vk, changed_v * self.min_weight**2 / 2)
-        return gate_pv, edge_vk
+        return gate_pv, edge_vk, expected
 
     def changes(self, gate_pv: Tensor, edge_vk: Tensor, expected: Expected) -> tuple[Tensor, Tensor, Tensor]:
         """Changes of means and log scales, each p, v, and of weights, p, v, l+v."""

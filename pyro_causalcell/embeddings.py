@@ -6,16 +6,17 @@ in its row, and an edge is the more likely the larger the expected effect:
 .. math::
     B_{ke} &\sim \mathrm{Normal}(0, \lambda), \qquad a_{pk} = B_k^T (e_p, 1)
         && \text{what the description says} \\
-    \gamma_{pk} &\sim \mathrm{Bernoulli}(\mathrm{logit}^{-1}(c_k + d\, a_{pk}^2))
+    \gamma_{pk} &\sim \mathrm{Bernoulli}(\pi_{pk}), \quad \pi_{pk} = \mathrm{logit}^{-1}(c_k + d\, a_{pk}^2)
         && \text{is there an effect?} \\
-    \mu_{pk} &\sim \mathrm{Normal}(a_{pk}, \tau) && \text{the effect, where there is one}
+    \mu_{pk} &\sim \mathrm{Normal}(a_{pk} / \pi_{pk}, \tau) && \text{the effect, where there is one}
 
-λ, τ, c and d are latent as well. A table that says nothing is found out: λ goes to zero, every a_p to the
-intercept, and τ to the spread of all effects.
+So a is what is expected of γμ, present or not. λ, τ, c and d are latent as well. A table that says nothing is
+found out: λ goes to zero, every a_p to the intercept, and τ to the spread of all effects.
 
-A model calls :func:`expected_effects` and :func:`expected_gates` in place of its priors; a guide owns an
-:class:`EffectMapGuide` and a :class:`GateCurveGuide`, which sample the same sites. A target without training
-cells is given its prior there, given the draw of B: a prediction, as uncertain as the model says.
+A model calls :func:`expected_effects`, :func:`expected_gates` and :func:`where_open` in place of its priors;
+a guide owns an :class:`EffectMapGuide` and a :class:`GateCurveGuide`, which sample the same sites. A target
+without training cells is given its prior there, given the draw of B: a prediction, as uncertain as the model
+says.
 """
 
 import math
@@ -38,12 +39,16 @@ __all__ = [
     "seen_targets",
     "squared_size",
     "standardised",
+    "where_open",
 ]
 
 LOG_SPREAD = 0.7
 """Prior standard deviation of log λ and log τ around log(scale / 2)."""
 LEAST_EFFECT = 0.05
 """Effects below this, in standard deviations of a programme, say nothing about what embeddings explain."""
+LEAST_SHARE = 0.3
+"""Where an edge is less likely than this, its effect is expected to be smaller than a / π: curves are learnt
+from the edges that were found, and give large numbers to divide by where there are few."""
 GATE_CURVE = ((-2.0, 2.0), (0.0, 1.0))
 """Prior mean and standard deviation of c, and of log d."""
 
@@ -114,6 +119,17 @@ def expected_gates(name: str, square_pk: Tensor) -> Tensor:
     return _curve(pyro.sample(f"{name}_curve", dist.Normal(mean, sd).to_event(1)), square_pk)
 
 
+def where_open(expected: Tensor, logit_pk: Tensor) -> Tensor:
+    """Effects where their gates are open, a / π, of effects expected whether or not they are there.
+
+    Args:
+        expected: Expected effects a, shape p, k, ...
+        logit_pk: Logits of their gates.
+    """
+    share_pk = torch.sigmoid(logit_pk).clamp(min=LEAST_SHARE)
+    return expected / share_pk.reshape(*share_pk.shape, *[1] * (expected.dim() - 2))
+
+
 def squared_size(expected: Sequence[Tensor], like_pv: Tensor) -> Tensor:
     """Squared size of a change of several parts, shape p, v: squares summed over parts and further axes.
 
@@ -132,19 +148,20 @@ class EffectMapGuide(PyroModule):
 
     .. math::
         y_{pk} = \mathrm{E}[\gamma_{pk} \mu_{pk}] = B_k^T (e_p, 1) + \epsilon_{pk}, \qquad
-        B_k \sim \mathrm{Normal}(0, \rho_k \sigma_k^2), \quad
+        B_k \sim \mathrm{Normal}(0, \rho \sigma_k^2), \quad
         \epsilon_{pk} \sim \mathrm{Normal}(0, \sigma_k^2)
 
-    over the targets with training cells; the constant has a flat prior. ρ and σ are those of the largest
-    evidence for each programme, so that a table without information is given none. What is not there counts
-    as a zero: an effect that the embeddings predict and nobody finds speaks against them. In the axes of
-    :func:`standardised` the posterior of B has independent coefficients.
+    over the targets with training cells; the constant has a flat prior. ρ is the one that best predicts each
+    target from the others, over all programmes together: with few targets a programme alone tells too little
+    of it. So a table without information is given none. What is not there counts as a zero: an effect that
+    the embeddings predict and nobody finds speaks against them. In the axes of :func:`standardised` the
+    posterior of B has independent coefficients.
 
     Args:
         name: As in :func:`expected_effects`.
         seen_p: Whether a target has training cells.
 
-    Source: MacKay, Neural Computation 4, 1992 (evidence for the ridge).
+    Source: Allen, Technometrics 16, 1974 (the error of predicting each from the others, in closed form).
     """
 
     seen_p: Tensor
@@ -205,6 +222,11 @@ class GateCurveGuide(PyroModule):
         curve = pyro.sample(f"{self.site}_curve", dist.Normal(self.curve_loc, self.curve_sd).to_event(1))
         return torch.where(self.seen_p.unsqueeze(-1), logit_pk, _curve(curve, square_pk))
 
+    def where_open(self, loc_p: Tensor, logit_pk: Tensor) -> Tensor:
+        """Effects where their gates are open: those of seen targets as they are."""
+        seen_p = self.seen_p.reshape(-1, *[1] * (loc_p.dim() - 1))
+        return torch.where(seen_p, loc_p, where_open(loc_p, logit_pk))
+
 
 def _regression(embedding_pe: Tensor, effect_pd: Tensor, seen_p: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior means and standard deviations of B, the constant last, each d, e+1.
@@ -215,20 +237,29 @@ def _regression(embedding_pe: Tensor, effect_pd: Tensor, seen_p: Tensor) -> tupl
     n_seen = seen_p1.sum()
     mean_d = (seen_p1 * effect_pd).sum(0) / n_seen
     centred_pd = seen_p1 * (effect_pd - mean_d)
-    size_e = (seen_p1 * embedding_pe**2).sum(0)
-    moment_de = centred_pd.T @ embedding_pe
-    explained_de = moment_de**2 / size_e.clamp(min=1e-6)
-    rest_d = (centred_pd**2).sum(0) - explained_de.sum(1)
-    rest_d = rest_d.clamp(min=0) + n_seen * LEAST_EFFECT**2
-    ratio_r11 = torch.logspace(-3, 3, 25, device=size_e.device).reshape(-1, 1, 1)  # ρ
-    square_rd = rest_d + (explained_de / (1 + ratio_r11 * size_e)).sum(-1)
-    evidence_rd = -(torch.log1p(ratio_r11 * size_e).sum(-1) + n_seen * square_rd.log()) / 2
-    ratio_d1 = (evidence_rd.softmax(0) * ratio_r11.squeeze(-1).log()).sum(0).exp().unsqueeze(1)
-    square_d = rest_d + (explained_de / (1 + ratio_d1 * size_e)).sum(-1)
-    noise_d1 = (square_d / n_seen).sqrt().unsqueeze(1)
-    precision_de = size_e + 1 / ratio_d1
-    mean_df = torch.cat([moment_de / precision_de, mean_d.unsqueeze(1)], 1)
-    return mean_df, noise_d1 * torch.cat([precision_de.rsqrt(), n_seen.rsqrt().expand_as(noise_d1)], 1)
+    seen_pe = seen_p1 * embedding_pe
+    size_e = (seen_pe**2).sum(0)
+    moment_de = centred_pd.T @ seen_pe
+    precision_e = size_e + 1 / _ratio(seen_pe, centred_pd, n_seen)
+    # what is left, and what the prior takes of the coefficients
+    square_d = (centred_pd**2).sum(0) - (moment_de**2 / precision_e).sum(1)
+    noise_d1 = (square_d.clamp(min=0) / n_seen + LEAST_EFFECT**2).sqrt().unsqueeze(1)
+    mean_df = torch.cat([moment_de / precision_e, mean_d.unsqueeze(1)], 1)
+    spread_f = torch.cat([precision_e.rsqrt(), n_seen.rsqrt().unsqueeze(0)])
+    return mean_df, noise_d1 * spread_f
+
+
+def _ratio(seen_pe: Tensor, centred_pd: Tensor, n_seen: Tensor) -> Tensor:
+    """The ρ with the smallest error of seen targets, each predicted from the others; other rows are zero."""
+    size_e, moment_ed = (seen_pe**2).sum(0), seen_pe.T @ centred_pd
+    ratio_r = torch.logspace(-3, 3, 13, device=size_e.device, dtype=size_e.dtype)
+    error_r = []
+    for ratio in ratio_r:
+        shrunk_pe = seen_pe / (size_e + 1 / ratio)
+        leverage_p = 1 / n_seen + (shrunk_pe * seen_pe).sum(1)
+        missed_pd = (centred_pd - shrunk_pe @ moment_ed) / (1 - leverage_p).unsqueeze(1)
+        error_r.append((missed_pd**2).sum())
+    return ratio_r[torch.stack(error_r).argmin()]
 
 
 def _mapped(embedding_pe: Tensor, map_df: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro import poutine
 from sklearn.linear_model import Ridge
+from sklearn.model_selection import LeaveOneOut, cross_val_predict
 
 from pyro_causalcell import embeddings
 from pyro_causalcell.embeddings import (
@@ -18,6 +19,7 @@ from pyro_causalcell.embeddings import (
     seen_targets,
     squared_size,
     standardised,
+    where_open,
 )
 
 SEEN = torch.tensor([True, True, False, True, True, True])
@@ -69,7 +71,35 @@ def test_the_map_is_the_ridge_of_scikit_learn_at_its_penalty():
         assert float(mean_df[d, -1]) == pytest.approx(float(ridge.intercept_), abs=1e-5)
 
 
-def test_the_evidence_finds_whether_a_table_says_anything():
+def test_all_effects_share_the_penalty_that_predicts_each_target_best_from_the_others():
+    torch.manual_seed(2)
+    table_pe, seen_p = torch.randn(12, 8), torch.tensor([True] * 11 + [False])
+    table_pe = standardised(table_pe, seen_p)
+    effect_pd = table_pe @ torch.randn(8, 3) + 0.5 * torch.randn(12, 3)
+    effect_pd[11] = 100.0  # never measured: has no say
+    x_pe, y_pd = table_pe[seen_p].numpy(), effect_pd[seen_p].numpy()
+    penalties = 10 ** torch.linspace(3, -3, 13).double().numpy()
+    missed = [
+        ((cross_val_predict(Ridge(penalty), x_pe, y_pd, cv=LeaveOneOut()) - y_pd) ** 2).sum()
+        for penalty in penalties
+    ]
+    best = int(torch.tensor(missed).argmin())
+    assert 0 < best < 12
+    mean_df, _ = embeddings._regression(table_pe, effect_pd, seen_p)
+    expected = torch.from_numpy(Ridge(penalties[best]).fit(x_pe, y_pd).coef_).float()
+    torch.testing.assert_close(mean_df[:, :-1], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_expected_is_kept_by_effects_that_are_there_at_times():
+    expected_pv, logit_pv = torch.tensor([[0.9, -0.2]]), torch.tensor([[0.4, -9.0]])
+    found_pv = where_open(expected_pv, logit_pv)
+    assert float(torch.sigmoid(logit_pv[0, 0]) * found_pv[0, 0]) == pytest.approx(0.9)
+    assert float(found_pv[0, 1]) == pytest.approx(-0.2 / embeddings.LEAST_SHARE)  # a bound for rare edges
+    weight_pvk = torch.ones(1, 2, 3)
+    torch.testing.assert_close(where_open(weight_pvk, logit_pv)[0, 1], torch.full((3,), 1 / 0.3))
+
+
+def test_the_map_finds_whether_a_table_says_anything():
     torch.manual_seed(0)
     seen_p, table_pe = torch.ones(60, dtype=torch.bool), torch.randn(60, 8)
     table_pe = standardised(table_pe, seen_p)

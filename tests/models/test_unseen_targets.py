@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pyro import poutine
 
 from pyro_causalcell.data import Minibatches, Screen, held_out_perturbations
 from pyro_causalcell.errors import DataError, PairError
@@ -92,6 +93,20 @@ def test_an_unseen_target_adds_nothing_to_the_bound(screen, family):
             if len(value) == screen.dims().n_targets and value.dim() > 1 and "encoder" not in name:
                 value[new] += 1.0
     assert terms() == before
+
+
+def test_changes_of_an_unseen_target_have_their_prior(screen, family):
+    pair, batch = _pair(screen, family)
+    pair.guide.embedding_pe.copy_(pair.model.embedding_pe)
+    new = screen.targets.index("NEW")
+    guided = poutine.trace(pair.guide).get_trace(batch)
+    model = poutine.trace(poutine.replay(pair.model, trace=guided)).get_trace(batch)
+    asked = [name for name in ("shift", "log_scale", "weight", "loading") if name in guided.nodes]
+    assert asked
+    for name in asked:
+        posterior, prior = (trace.nodes[name]["fn"].base_dist for trace in (guided, model))
+        for part in ("loc", "scale"):
+            torch.testing.assert_close(getattr(posterior, part)[new], getattr(prior, part)[new])
 
 
 def test_without_embeddings_the_sites_are_as_they_were(adata, family):
