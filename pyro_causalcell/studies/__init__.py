@@ -21,7 +21,8 @@ STUDIES = {
     "unseen-singles": "pyro_causalcell.studies.unseen_singles:run",
     "temporal-scm": "pyro_causalcell.studies.temporal:run",
     "semrau": "pyro_causalcell.studies.semrau:run",
-    "hipsc": "pyro_causalcell.studies.hipsc:run",
+    "hipsc": "pyro_causalcell.studies.knock_outs:run_hipsc",
+    "ipsc2": "pyro_causalcell.studies.knock_outs:run_ipsc2",
     "causal3dident": "pyro_causalcell.studies.causal3dident:run",
 }
 """Name of a study -> the function that runs it."""
