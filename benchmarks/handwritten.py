@@ -295,6 +295,15 @@ def _log_likelihood(model: Any, logit_ng: Tensor, x_ng: Tensor, library_n1: Tens
     log_mean_ng = library_n1.log() + logit_ng.log_softmax(-1)
     if model.theta_g is None:
         return x_ng * log_mean_ng - log_mean_ng.exp() - torch.lgamma(x_ng + 1)
+    if model.zero_logit_g is None:
+        return _log_nb(model, log_mean_ng, x_ng, fast)
+    log_lost_g, log_kept_g = logsigmoid(model.zero_logit_g), logsigmoid(-model.zero_logit_g)
+    kept_ng = log_kept_g + _log_nb(model, log_mean_ng - log_kept_g, x_ng, fast)
+    return torch.where(x_ng == 0, torch.logaddexp(log_lost_g, kept_ng), kept_ng)
+
+
+def _log_nb(model: Any, log_mean_ng: Tensor, x_ng: Tensor, fast: bool) -> Tensor:
+    """log NB, shape n, g."""
     log_theta_g: Tensor = model.theta_g_unconstrained
     theta_g = log_theta_g.exp()
     if fast:

@@ -8,7 +8,8 @@ the same pair, with its defaults, and the same minibatch. ``--model`` takes anot
 * eager: ``EagerStep``, with which ``fit`` starts;
 * compiled: ``TracedStep``, to which ``fit`` switches where training is long enough;
 * stock: Pyro's ``TraceMeanField_ELBO``, on the same model with its table of counts;
-* svi: Pyro's ``SVI`` and ``Adam``, and for counts torch's negative binomial: what Pyro alone gives.
+* svi: Pyro's ``SVI`` and ``Adam``, and torch's (zero-inflated: Pyro's) negative binomial: what Pyro alone
+  gives.
 
 First they must agree in loss and gradients. Then they take turns; every round gives one ratio.
 Times are CPU time of this process on one thread, so that other work on the machine matters little.
@@ -215,16 +216,20 @@ def eager_stepper(model: nn.Module, guide: nn.Module, batch: Batch) -> Callable[
 def svi_stepper(model: nn.Module, guide: nn.Module, batch: Batch) -> Callable[[], None]:
     """One step of stock SVI, without clipping."""
     model, guide = copy.deepcopy(model), copy.deepcopy(guide)
-    if getattr(model, "likelihood", None) == "nb":
+    if getattr(model, "likelihood", None) in ("nb", "zinb"):
         model.measurement = partial(_by_torch, model)  # type: ignore[method-assign]
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-4}), TraceMeanField_ELBO())
     return lambda: svi.step(batch)
 
 
 def _by_torch(model: nn.Module, z_nk: Tensor, batch: Batch) -> dist.TorchDistribution:
-    """p(x | z) by torch's distribution."""
+    """p(x | z) by the distributions of torch and Pyro."""
     log_mean_ng = batch.library_n1.log() + model.decoder(z_nk, batch.batch_nb).log_softmax(-1)
-    return dist.NegativeBinomial(model.theta_g, logits=log_mean_ng - model.theta_g.log())
+    logits_ng, gate_logit_g = log_mean_ng - model.theta_g.log(), model.zero_logit_g
+    if gate_logit_g is None:
+        return dist.NegativeBinomial(model.theta_g, logits=logits_ng)
+    logits_ng = logits_ng - nn.functional.logsigmoid(-gate_logit_g)
+    return dist.ZeroInflatedNegativeBinomial(model.theta_g, logits=logits_ng, gate_logits=gate_logit_g)
 
 
 def compiled_stepper(model: nn.Module, guide: nn.Module, batch: Batch) -> Callable[[], None]:
@@ -291,7 +296,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="cells x genes")
     parser.add_argument("--model", choices=list(FAMILIES), default="sparse-shift")
-    parser.add_argument("--likelihood", choices=["nb", "poisson", "gaussian"], default="nb")
+    parser.add_argument("--likelihood", choices=["nb", "zinb", "poisson", "gaussian"], default="nb")
     parser.add_argument("--targets", type=int, default=100)
     parser.add_argument("--latents", type=int, default=15)
     parser.add_argument("--hidden", type=int, default=128)

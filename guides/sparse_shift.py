@@ -59,7 +59,7 @@ class SparseShiftGuide(PyroModule):
         n_embedding: int = 0,
         *,
         n_latents: int = 10,
-        likelihood: Literal["nb", "poisson", "gaussian"] = "nb",
+        likelihood: Literal["nb", "zinb", "poisson", "gaussian"] = "nb",
         gates: Literal["posterior", "open", "closed", "sampled"] = "posterior",
         alpha: float | None = None,
         interactions: tuple[tuple[int, int], ...] = (),

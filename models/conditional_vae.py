@@ -26,7 +26,7 @@ class ConditionalVAE(PyroModule):
     Args:
         n_genes, n_targets, n_batches: Sizes of the screen.
         n_latents: Programmes k.
-        likelihood: ``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values.
+        likelihood: ``"nb"``, ``"zinb"``, ``"poisson"`` (counts) or ``"gaussian"`` (log-normalised values).
         n_hidden, n_layers, norm, activation: of the decoder.
 
     Source: Sohn et al., NeurIPS 2015; as a baseline for perturbations: Bereket and Karaletsos, NeurIPS 2023.
@@ -57,7 +57,7 @@ class ConditionalVAE(PyroModule):
             norm=norm,
             activation=activation,
         )
-        self.theta_g, self.scale_g = spread(likelihood, n_genes)
+        self.theta_g, self.scale_g, self.zero_logit_g = spread(likelihood, n_genes)
 
     def forward(self, batch: Batch) -> Tensor:
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
@@ -65,6 +65,6 @@ class ConditionalVAE(PyroModule):
             standard = dist.Normal(batch.u_np.new_zeros(batch.n_cells, self.n_latents), 1.0)
             z_nk = pyro.sample("z", standard.to_event(1))  # p(z)
             output_ng = self.decoder(z_nk, torch.cat([batch.u_np, batch.batch_nb], -1))
-            p_x = measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g)
+            p_x = measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g, self.zero_logit_g)
             x: Tensor = pyro.sample("x", p_x.to_event(1), obs=batch.x_ng)  # p(x | z, u)
             return x

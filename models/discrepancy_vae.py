@@ -9,7 +9,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_causalcell.batch import Batch
-from pyro_causalcell.distributions import Likelihood, measurement, spread
+from pyro_causalcell.distributions import Likelihood, ZeroInflatedNegativeBinomial, measurement, spread
 from pyro_causalcell.nets import Activation, Decoder, Norm
 from pyro_causalcell.penalties import mmd_by_group
 
@@ -76,7 +76,7 @@ class DiscrepancyVAE(PyroModule):
     Args:
         n_genes, n_targets, n_batches: Sizes of the screen.
         n_latents: Programmes k; the paper takes as many as there are perturbations.
-        likelihood: ``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values.
+        likelihood: ``"nb"``, ``"zinb"``, ``"poisson"`` (counts) or ``"gaussian"`` (log-normalised values).
         mmd_weight: w, in nats per gene of each cell: the likelihood, too, is a sum over genes.
         sparsity: λ, likewise.
         temperature: t: the larger, the sooner a perturbation has one programme only.
@@ -119,7 +119,7 @@ class DiscrepancyVAE(PyroModule):
             norm=norm,
             activation=activation,
         )
-        self.theta_g, self.scale_g = spread(likelihood, n_genes)
+        self.theta_g, self.scale_g, self.zero_logit_g = spread(likelihood, n_genes)
 
     def forward(self, batch: Batch) -> Tensor:
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
@@ -147,18 +147,23 @@ class DiscrepancyVAE(PyroModule):
     def drawn(self, z_nk: Tensor, batch: Batch) -> Tensor:
         """Draws of p(x | z) in the values that are compared, with a gradient.
 
-        That of a Poisson draw is what one more count would change: ∂E f(x)/∂λ = E[f(x + 1) − f(x)].
+        That of a Poisson draw is what one more count would change: ∂E f(x)/∂λ = E[f(x + 1) − f(x)], and that
+        of a count that is kept with probability s what its loss would: ∂E f(x)/∂s = E[f(x)] − f(0), f(0) = 0.
         """
         p_x = self.measurement(z_nk, batch)
         if self.scale_g is not None:
             return p_x.rsample()
-        rate_ng = p_x.mean
+        counts, kept_ng = p_x, torch.ones(())
+        if isinstance(p_x, ZeroInflatedNegativeBinomial):
+            counts, kept_g = p_x.counts, torch.sigmoid(-p_x.zero_logit)
+            kept_ng = torch.bernoulli(kept_g.expand(p_x.batch_shape)) + kept_g - kept_g.detach()
+        rate_ng = counts.mean
         if self.theta_g is not None:
             theta_ng = self.theta_g.expand_as(rate_ng)
             rate_ng = rate_ng * dist.Gamma(theta_ng, theta_ng).rsample()
         x_ng = torch.poisson(rate_ng.detach())
         here_ng, above_ng = (self.compared(x, batch.library_n1) for x in (x_ng, x_ng + 1))
-        return here_ng + (above_ng - here_ng) * (rate_ng - rate_ng.detach())
+        return kept_ng * (here_ng + (above_ng - here_ng) * (rate_ng - rate_ng.detach()))
 
     def compared(self, x_ng: Tensor, library_n1: Tensor) -> Tensor:
         """Values in which cells are compared."""
@@ -188,7 +193,7 @@ class DiscrepancyVAE(PyroModule):
     def measurement(self, z_nk: Tensor, batch: Batch) -> dist.TorchDistribution:
         """p(x | z): counts or Gaussian values around what the decoder makes of the programmes."""
         output_ng = self.decoder(self.programmes(z_nk), batch.batch_nb)
-        return measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g)
+        return measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g, self.zero_logit_g)
 
     # ``predict.graph`` asks a model without a latent "shift" for these two
 

@@ -64,7 +64,7 @@ class SAMSVAE(PyroModule):
     Args:
         n_genes, n_targets, n_batches, n_embedding: Sizes of the screen.
         n_latents: Programmes k.
-        likelihood: ``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values.
+        likelihood: ``"nb"``, ``"zinb"``, ``"poisson"`` (counts) or ``"gaussian"`` (log-normalised values).
         mask: Prior of the mask: ``"beta"`` learns the share of each perturbation, ``"bernoulli"`` has one
             fixed ``rate``, ``"none"`` opens every edge (CPA-VAE).
         rate: π of ``"bernoulli"``.
@@ -116,7 +116,7 @@ class SAMSVAE(PyroModule):
             norm=norm,
             activation=activation,
         )
-        self.theta_g, self.scale_g = spread(likelihood, n_genes)
+        self.theta_g, self.scale_g, self.zero_logit_g = spread(likelihood, n_genes)
 
     def forward(self, batch: Batch) -> Tensor:
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
@@ -125,7 +125,7 @@ class SAMSVAE(PyroModule):
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             z_nk = pyro.sample("z", dist.Normal(batch.u_np @ effect_pk, 1.0).to_event(1))  # p(z | m, e, u)
             output_ng = self.decoder(z_nk, batch.batch_nb)
-            p_x = measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g)
+            p_x = measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g, self.zero_logit_g)
             x: Tensor = pyro.sample("x", p_x.to_event(1), obs=batch.x_ng)  # p(x | z)
             return x
 

@@ -92,7 +92,7 @@ class SparseShift(PyroModule):
     Args:
         n_genes, n_targets, n_batches, target_cells, n_embedding: sizes of the screen (see ``Dims``).
         n_latents: Programmes k.
-        likelihood: ``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values.
+        likelihood: ``"nb"``, ``"zinb"``, ``"poisson"`` (counts) or ``"gaussian"`` (log-normalised values).
         gates: Member of the family, see above.
         min_effect: Smallest shift worth an edge, in standard deviations of z (``gates="posterior"``).
         shift_scale: τ, prior standard deviation of shifts.
@@ -161,7 +161,7 @@ class SparseShift(PyroModule):
             norm=norm,
             activation=activation,
         )
-        self.theta_g, self.scale_g = spread(likelihood, n_genes)
+        self.theta_g, self.scale_g, self.zero_logit_g = spread(likelihood, n_genes)
 
     def forward(self, batch: Batch) -> Tensor:
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
@@ -214,7 +214,7 @@ class SparseShift(PyroModule):
     def measurement(self, z_nk: Tensor, batch: Batch) -> dist.TorchDistribution:
         """p(x | z): counts around library × softmax, or a Gaussian around the decoder's output."""
         output_ng = self.decoder(z_nk, batch.batch_nb)
-        return measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g)
+        return measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g, self.zero_logit_g)
 
     def rotate(self, map_kk: Tensor, offset_k: Tensor) -> None:
         """Take over new axes: z becomes ``z @ map_kk.T + offset_k``, with the same p(x | z)."""

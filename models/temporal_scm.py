@@ -184,7 +184,7 @@ class TemporalSCM(PyroModule):
         n_genes, n_targets, n_batches, target_cells, n_embedding, n_cells, n_conditions, times, longest_gap,
             doses_vary: sizes of the screen (see ``Dims``).
         n_invariant, n_responsive: Programmes l and v.
-        likelihood: ``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values.
+        likelihood: ``"nb"``, ``"zinb"``, ``"poisson"`` (counts) or ``"gaussian"`` (log-normalised values).
         gates: ``"posterior"``, or ``"open"``: every perturbation may change every mechanism.
         edges: ``"posterior"``, or ``"open"``: every programme of the graph acts.
         graph: ``"full"``, or ``"triangular"``: responsive programmes act on later ones alone, and not on
@@ -300,7 +300,7 @@ class TemporalSCM(PyroModule):
             norm=norm,
             activation=activation,
         )
-        self.theta_g, self.scale_g = spread(likelihood, n_genes)
+        self.theta_g, self.scale_g, self.zero_logit_g = spread(likelihood, n_genes)
 
     def forward(self, batch: Batch) -> Tensor:
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
@@ -317,7 +317,7 @@ class TemporalSCM(PyroModule):
                 z_nk = self.programmes(*laws, situation_n)
             self.remember(batch, z_nk)
             output_ng = self.decoder(z_nk, batch.batch_nb)
-            p_x = measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g)
+            p_x = measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g, self.zero_logit_g)
             x: Tensor = pyro.sample("x", p_x.to_event(1), obs=batch.x_ng)  # p(x | z)
             return x
 

@@ -86,7 +86,7 @@ class WeightVariantSCM(PyroModule):
     Args:
         n_genes, n_targets, n_batches, target_cells, n_embedding: sizes of the screen (see ``Dims``).
         n_invariant, n_responsive: Programmes l and v.
-        likelihood: ``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values.
+        likelihood: ``"nb"``, ``"zinb"``, ``"poisson"`` (counts) or ``"gaussian"`` (log-normalised values).
         gates: ``"posterior"``, or ``"open"``: every perturbation may change every mechanism (dense).
         edges: ``"posterior"``, or ``"open"``: every programme may act on the responsive ones before it.
         alters: What of a mechanism a perturbation changes.
@@ -178,7 +178,7 @@ class WeightVariantSCM(PyroModule):
             norm=norm,
             activation=activation,
         )
-        self.theta_g, self.scale_g = spread(likelihood, n_genes)
+        self.theta_g, self.scale_g, self.zero_logit_g = spread(likelihood, n_genes)
 
     def forward(self, batch: Batch) -> Tensor:
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
@@ -193,7 +193,7 @@ class WeightVariantSCM(PyroModule):
             z_nv = self.responsive(p_z_nv)  # p(z_v | z_l, u)
             z_nk = torch.cat([z_nl.expand(*z_nv.shape[:-1], -1), z_nv], -1)
             output_ng = self.decoder(z_nk, batch.batch_nb)
-            p_x = measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g)
+            p_x = measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g, self.zero_logit_g)
             x: Tensor = pyro.sample("x", p_x.to_event(1), obs=batch.x_ng)  # p(x | z)
             return x
 

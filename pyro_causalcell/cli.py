@@ -246,7 +246,7 @@ def fit(
     latents: PositiveInt | None = None,
     invariant: PositiveInt | None = None,
     responsive: PositiveInt | None = None,
-    likelihood: Literal["nb", "poisson", "gaussian"] | None = None,
+    likelihood: Literal["nb", "zinb", "poisson", "gaussian"] | None = None,
     gates: Literal["posterior", "open", "closed", "sampled"] | None = None,
     settings: dict[str, Any] | None = None,
     epochs: PositiveInt | None = None,
@@ -307,7 +307,7 @@ def fit(
         latents: Number of programmes.
         invariant: Number of background programmes, of models that have them.
         responsive: Number of programmes that perturbations act on, of such models.
-        likelihood: "nb" or "poisson" for counts, "gaussian" for log-normalised values.
+        likelihood: "nb", "zinb" or "poisson" for counts, "gaussian" for log-normalised values.
         gates: Member of the model family: "posterior" gives each edge a probability, "open" is the iVAE,
             "closed" the VAE, "sampled" the sVAE and sVAE+ of the authors' code.
         settings: Any other argument of the model or the guide, as --settings.n_hidden 64.
@@ -693,7 +693,7 @@ def sbc(
     *,
     guide: str | None = None,
     latents: PositiveInt | None = None,
-    likelihood: Literal["nb", "poisson", "gaussian"] | None = None,
+    likelihood: Literal["nb", "zinb", "poisson", "gaussian"] | None = None,
     gates: Literal["posterior", "open", "closed", "sampled"] | None = None,
     settings: dict[str, Any] | None = None,
     targets: PositiveInt = 4,
@@ -717,7 +717,7 @@ def sbc(
         out: Folder to write: sbc.csv (tests of each latent), ranks.csv and sbc.png.
         guide: Its guide; the one of the same name, or of the same file, if not given.
         latents: Number of programmes.
-        likelihood: "nb" or "poisson" for counts, "gaussian" for log-normalised values.
+        likelihood: "nb", "zinb" or "poisson" for counts, "gaussian" for log-normalised values.
         gates: Member of the model family, as in fit.
         settings: Any other argument of the model or the guide, as --settings.min_effect 0.
         targets: Perturbations of the simulated screens.
@@ -959,13 +959,13 @@ def study(
 
     Args:
         name: The study: sparse-shift, interventional, latent-scm, norman, simulated-screen, unseen-singles,
-            joining, temporal-scm, semrau, hipsc or causal3dident.
+            joining, temporal-scm, semrau, hipsc, ipsc2 or causal3dident.
         out: Folder to write: table.csv, a page of tables, figures; a folder named as the study if not
             given. A study that was stopped goes on from there.
         data: Norman 2019, for the study of that name: an h5ad file of scPerturb or CPA, or the folder with
             GEO's files; the subset in the package if not given. For interventional, the same or Replogle
-            2022. For hipsc, an h5ad file of counts with the obs columns target and time; simulated screens if
-            not given.
+            2022. For hipsc and ipsc2, an h5ad file of counts with the obs columns target and time, and clone
+            for ipsc2; simulated screens if not given.
         methods: Only these methods; repeat it for several. The baselines are always there.
         seeds: Seeds of every fit.
         full: The size of Norman 2019, for simulated-screen; 20,000 films, on a GPU, for causal3dident.
@@ -1520,7 +1520,7 @@ COMMANDS = {
             "embeddings FILE.csv|pca, unseen NAME, min_cells N, allow_empty, backed",
             "cells kept out of training": "validation FRACTION, test FRACTION, hold_out NAME",
             "model": "model NAME|FILE.py:Class, guide NAME|FILE.py:Class, latents K, "
-            "invariant L, responsive V, likelihood nb|poisson|gaussian, "
+            "invariant L, responsive V, likelihood nb|zinb|poisson|gaussian, "
             "gates posterior|open|closed|sampled, settings ...",
             "training": _TRAINING,
             "result": "out RUN, resume, overwrite, quiet",
@@ -1582,7 +1582,7 @@ COMMANDS = {
         sbc,
         ("model",),
         {
-            "model": "guide NAME|FILE.py:Class, latents K, likelihood nb|poisson|gaussian, "
+            "model": "guide NAME|FILE.py:Class, latents K, likelihood nb|zinb|poisson|gaussian, "
             "gates posterior|open|closed|sampled, settings ...",
             "simulated screens": "targets N, genes N, cells N, library X",
             "how": "replicates N, draws N, epochs N, batch_size N, lr X, quick, workers N, seed N",

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints, kl_divergence, register_kl
 from torch.distributions.utils import broadcast_all
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
 
 __all__ = [
     "Gate",
@@ -26,12 +26,14 @@ __all__ = [
     "TransitionMixture",
     "TransportMixture",
     "UncertainMeanNormal",
+    "ZeroInflatedNegativeBinomial",
     "measurement",
     "spread",
 ]
 
-Likelihood = Literal["nb", "poisson", "gaussian"]
-"""``"nb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values."""
+Likelihood = Literal["nb", "zinb", "poisson", "gaussian"]
+"""``"nb"``, ``"zinb"`` or ``"poisson"`` for counts, ``"gaussian"`` for log-normalised values. ``"zinb"`` is a
+negative binomial of which a share of each gene's counts, the same in all cells, is lost and reads as 0."""
 
 Shape = torch.Size | list[int] | tuple[int, ...]
 
@@ -194,6 +196,62 @@ def _changes(
         growth_sng = torch.addcmul(-share_ng[here], gap_sng.exp_(), share_ng[here], out=gap_sng).log1p_()
         change_sn[place] = risen_sng.addcmul_(total_ng[here], growth_sng, value=-1).sum(-1)
     return change_sn, rise_sn
+
+
+class ZeroInflatedNegativeBinomial(dist.TorchDistribution):
+    r"""Negative binomial counts that are lost, and read as 0, with a probability π = sigmoid(zero_logit).
+
+    .. math:: p(x) = \pi\, [x = 0] + (1 - \pi)\, \mathrm{NB}(x; m, \theta)
+
+    The negative binomial takes its fastest form, as always; what depends on π alone keeps its shape.
+
+    Args:
+        counts: The negative binomial, of the counts that are not lost.
+        zero_logit: log π − log(1 − π), shape g or any shape that broadcasts with the counts.
+
+    Source: Lambert, Technometrics 1992; of single cells: Risso et al., Nature Communications 2018.
+    """
+
+    arg_constraints = {"zero_logit": constraints.real}
+    support = constraints.nonnegative_integer
+
+    def __init__(self, counts: NegativeBinomial, zero_logit: Tensor, validate_args: bool | None = None):
+        self.counts, self.zero_logit = counts, zero_logit
+        shape = torch.broadcast_shapes(counts.batch_shape, zero_logit.shape)
+        super().__init__(shape, validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean (1 − π) m, shape of the distribution."""
+        return torch.sigmoid(-self.zero_logit) * self.counts.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance (1 − π) (v + π m²), with v that of the counts that are not lost."""
+        lost, mean = torch.sigmoid(self.zero_logit), self.counts.mean
+        return torch.sigmoid(-self.zero_logit) * (self.counts.variance + lost * mean**2)
+
+    def expand(self, batch_shape: Shape, _instance: object = None) -> "ZeroInflatedNegativeBinomial":
+        """Expand the counts only."""
+        return ZeroInflatedNegativeBinomial(self.counts.expand(batch_shape), self.zero_logit, False)
+
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
+        """Counts, some of them lost."""
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            lost = torch.bernoulli(torch.sigmoid(self.zero_logit).expand(shape))
+            return self.counts.expand(shape).sample() * (1 - lost)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value), shape of the distribution.
+
+        With d = log NB − zero_logit it is log π + d, and log π + log(1 + exp d) at 0: nothing cancels there.
+        """
+        if self._validate_args:
+            self._validate_sample(value)
+        odds = self.counts.log_prob(value) - self.zero_logit
+        # above 40 even double precision cannot tell softplus from its argument
+        return torch.where(value == 0, softplus(odds, threshold=40.0), odds) + logsigmoid(self.zero_logit)
 
 
 class _NBLogProb(torch.autograd.Function):
@@ -738,7 +796,7 @@ class TransportMixture(TransitionMixture):
         return (self.priced(value).softmax(-1) * own_nm).sum(-1)
 
 
-def spread(likelihood: Likelihood, n_genes: int) -> tuple[Any, Any]:
+def spread(likelihood: Likelihood, n_genes: int) -> tuple[Any, Any, Any]:
     """The parameters that a measurement has beside its mean, for a model to own.
 
     Args:
@@ -746,39 +804,56 @@ def spread(likelihood: Likelihood, n_genes: int) -> tuple[Any, Any]:
         n_genes: Genes g.
 
     Returns:
-        Inverse dispersions θ_g of ``"nb"`` and standard deviations of ``"gaussian"``, each a PyroParam of
-        shape g, or None for the other kinds.
+        Inverse dispersions θ_g of ``"nb"`` and ``"zinb"``, standard deviations of ``"gaussian"``, and
+        log-odds that a count of ``"zinb"`` is lost; each a PyroParam of shape g, or None for the other kinds.
 
     Raises:
-        ValueError: The likelihood is none of the three.
+        ValueError: The likelihood is none of the four.
     """
     if likelihood not in get_args(Likelihood):
         raise ValueError(f"likelihood is one of {list(get_args(Likelihood))}, not {likelihood!r}")
     theta_g, scale_g = (
         PyroParam(torch.full((n_genes,), start), constraint=constraints.positive) for start in (5.0, 1.0)
     )
-    return theta_g if likelihood == "nb" else None, scale_g if likelihood == "gaussian" else None
+    zero_logit_g = PyroParam(torch.full((n_genes,), -3.0))
+    return (
+        theta_g if likelihood in ("nb", "zinb") else None,
+        scale_g if likelihood == "gaussian" else None,
+        zero_logit_g if likelihood == "zinb" else None,
+    )
 
 
 def measurement(
-    output_ng: Tensor, library_n1: Tensor, theta_g: Tensor | None, scale_g: Tensor | None
+    output_ng: Tensor,
+    library_n1: Tensor,
+    theta_g: Tensor | None,
+    scale_g: Tensor | None,
+    zero_logit_g: Tensor | None = None,
 ) -> dist.TorchDistribution:
     """p(x | z): counts around library × softmax, or a Gaussian around the decoder's output.
+
+    That is the mean of all counts, lost ones included, so that they add up to the library: where a share π of
+    a gene's counts is lost, the others have the mean library × softmax / (1 − π).
 
     Args:
         output_ng: What the decoder says, shape (..., n, g).
         library_n1: Total counts.
         theta_g: Inverse dispersions; None, with ``scale_g`` None, makes Poisson counts.
         scale_g: Standard deviations; with them x is Gaussian.
+        zero_logit_g: Log-odds that a count is lost; with them, and ``theta_g``, counts are zero-inflated.
     """
     if scale_g is not None:
         return dist.Normal(output_ng, scale_g)
+    log_total = library_n1.log()
+    if zero_logit_g is not None:
+        log_total = log_total - logsigmoid(-zero_logit_g)
     log_mean_ng = output_ng.log_softmax(-1)
     in_place = not log_mean_ng.requires_grad  # one tensor of all particles less
-    log_mean_ng = log_mean_ng.add_(library_n1.log()) if in_place else log_mean_ng + library_n1.log()
+    log_mean_ng = log_mean_ng.add_(log_total) if in_place else log_mean_ng + log_total
     if theta_g is None:
         return dist.Poisson(log_mean_ng.exp())
-    return NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_ng)
+    counts = NegativeBinomial(inverse_dispersion=theta_g, log_mean=log_mean_ng)
+    return counts if zero_logit_g is None else ZeroInflatedNegativeBinomial(counts, zero_logit_g)
 
 
 @register_kl(dist.Normal, UncertainMeanNormal)

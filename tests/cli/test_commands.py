@@ -111,6 +111,15 @@ def test_fit_keeps_what_was_asked_for(cli: Run, fit_words: Run) -> None:
     assert [line.split(":")[0] for line in result.out][-2:] == ["run", "next"]
 
 
+def test_zero_inflated_counts_from_fit_to_prediction(cli: Run, fit_words: Run, data: Path) -> None:
+    assert cli(*fit_words("run", "--likelihood", "zinb")).code == 0
+    assert Fit.load("run").model.zero_logit_g.shape == (20,)
+    assert cli("check", "run", data, "--samples", 5, "--out", "checks").code == 0
+    assert cli("evaluate", "run", data, "--particles", 25, "--out", "L.nc").code == 0
+    assert cli("predict", "run", "--perturb", "A+B", "--cells", 5, "--out", "P.h5ad").code == 0
+    assert ad.read_h5ad("P.h5ad").shape == (5, 20)
+
+
 @pytest.mark.parametrize(
     ("held", "test_cells"), [(["A+B"], {"A+B"}), (["B+A"], {"A+B"}), (["C", "D"], {"C", "D"})]
 )

@@ -109,7 +109,7 @@ def test_help_groups_options_and_shows_what_they_take(capsys: pytest.CaptureFixt
         "model:",
         "training:",
         "result:",
-        "  --likelihood nb|poisson|gaussian",
+        "  --likelihood nb|zinb|poisson|gaussian",
         "  --resume  ",
     ):
         assert f"\n{line}" in text, line

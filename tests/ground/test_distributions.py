@@ -21,6 +21,7 @@ from pyro_causalcell.distributions import (
     NegativeBinomial,
     StraightThroughGate,
     UncertainMeanNormal,
+    ZeroInflatedNegativeBinomial,
     measurement,
     spread,
 )
@@ -276,6 +277,125 @@ def test_nb_particles_keep_their_gradient_and_their_validation():
         nb.log_prob(x_ng - 0.5)
 
 
+ZERO_LOGITS = (-30.0, -4.0, 0.0, 4.0, 30.0)
+
+
+def _exact_zinb(x: float, log_mean: float, theta: float, logit: float) -> tuple[float, float, float, float]:
+    """log ZINB and its slopes in log mean, θ and the logit, with 50 digits."""
+    with mpmath.workdps(50):
+        x, mean, theta = (
+            mpmath.mpf(float(x)),
+            mpmath.exp(mpmath.mpf(float(log_mean))),
+            mpmath.mpf(float(theta)),
+        )
+        lost = 1 / (1 + mpmath.exp(-mpmath.mpf(float(logit))))
+        log_nb = mpmath.loggamma(x + theta) - mpmath.loggamma(theta) - mpmath.loggamma(x + 1)
+        log_nb += theta * mpmath.log(theta / (theta + mean)) + x * mpmath.log(mean / (theta + mean))
+        by_theta = mpmath.digamma(x + theta) - mpmath.digamma(theta)
+        by_theta += mpmath.log(theta / (theta + mean)) + (mean - x) / (theta + mean)
+        by_log_mean = theta * (x - mean) / (theta + mean)
+        kept = (1 - lost) * mpmath.exp(log_nb)
+        total = kept + (lost if x == 0 else 0)
+        share = kept / total
+        slopes = (share * by_log_mean, share * by_theta, 1 - share - lost)
+        return tuple(float(value) for value in (mpmath.log(total), *slopes))
+
+
+@pytest.fixture(scope="module")
+def zinb_grid() -> tuple[torch.Tensor, ...]:
+    """Counts and log means of all combinations, n, g; θ and logits of each gene; exact values and slopes."""
+    rows = list(itertools.product((1e-8, 1e-3, 1.0, 40.0, 1e4, 1e8), (0, 1, 600, 1_000_000)))
+    columns = list(itertools.product((1e-3, 0.3, 5.0, 1e5), ZERO_LOGITS))
+    log_mean_n1 = torch.tensor([mean for mean, _ in rows]).log().unsqueeze(1)
+    x_n1 = torch.tensor([float(x) for _, x in rows]).unsqueeze(1)
+    theta_g, logit_g = (torch.tensor(values) for values in zip(*columns, strict=True))
+    exact = np.vectorize(_exact_zinb)(*(a.numpy() for a in (x_n1, log_mean_n1, theta_g, logit_g)))
+    shape = (len(rows), len(columns))
+    return x_n1.expand(shape).contiguous(), log_mean_n1.expand(shape).contiguous(), theta_g, logit_g, exact
+
+
+def _zinb(theta: torch.Tensor, log_mean: torch.Tensor, logit: torch.Tensor) -> ZeroInflatedNegativeBinomial:
+    counts = NegativeBinomial(inverse_dispersion=theta, log_mean=log_mean)
+    return ZeroInflatedNegativeBinomial(counts, logit)
+
+
+def test_zinb_value_over_extremes(form, zinb_grid):
+    x_ng, log_mean_ng, theta_g, logit_g, (expected_ng, *_) = zinb_grid
+    theta = theta_g.expand(len(x_ng), -1) if form == "lgamma" else theta_g
+    found_ng = _zinb(theta, log_mean_ng, logit_g).log_prob(x_ng).numpy()
+    error = np.abs(found_ng - expected_ng) / np.maximum(1, np.abs(expected_ng))
+    assert error[x_ng.numpy() <= 600].max() < 5e-6
+    assert error.max() < 1e-3
+
+
+def test_zinb_gradients_over_extremes(form, zinb_grid):
+    x_ng, log_mean_ng, theta_g, logit_g, (_, *expected) = zinb_grid
+    given = [log_mean_ng, theta_g.expand(x_ng.shape), logit_g.expand(x_ng.shape)]
+    log_mean, theta, logit = (values.clone().requires_grad_() for values in given)
+    for n in range(len(x_ng)):  # row by row, so that each θ and logit gets its own gradient in every form
+        rows = slice(n, n + 1) if form == "lgamma" else n
+        _zinb(theta[rows], log_mean[n : n + 1], logit[rows]).log_prob(x_ng[n : n + 1]).sum().backward()
+    by_log_mean, by_theta, by_logit = expected
+    np.testing.assert_allclose(log_mean.grad, by_log_mean, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(logit.grad, by_logit, rtol=2e-5, atol=2e-6)
+    by_log_theta, found = by_theta * theta_g.numpy(), (theta.grad * theta_g).numpy()
+    assert (np.abs(found - by_log_theta) < 1e-3 + 1e-4 * np.abs(by_log_theta) + 1e-6 * x_ng.numpy()).all()
+
+
+def test_zinb_equals_pyro_and_passes_gradcheck():
+    x_ng = torch.tensor([[0.0, 600.0, 3.0], [2.0, 0.0, 0.0]], dtype=torch.double)
+    log_mean = torch.randn(4, 2, 3, dtype=torch.double, requires_grad=True)
+    theta = torch.tensor([0.4, 7.0, 2.0], dtype=torch.double, requires_grad=True)
+    logit = torch.tensor([-2.0, 0.5, 3.0], dtype=torch.double, requires_grad=True)
+    inputs = (theta, log_mean, logit)
+    theirs = dist.ZeroInflatedNegativeBinomial(theta, logits=log_mean - theta.log(), gate_logits=logit)
+    found = []
+    for log_prob in (_zinb(*inputs).log_prob(x_ng), theirs.log_prob(x_ng)):
+        found.append((log_prob, *torch.autograd.grad(log_prob.square().sum(), inputs)))
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(_zinb(*inputs).mean, theirs.mean)
+    torch.testing.assert_close(_zinb(*inputs).variance, theirs.variance)
+    assert torch.autograd.gradcheck(lambda *given: _zinb(*given).log_prob(x_ng), inputs)
+
+
+def test_zinb_draws_have_their_share_of_zeros_and_their_moments():
+    torch.manual_seed(0)
+    zinb = _zinb(torch.tensor([0.5, 3.0]), torch.tensor([0.0, 3.0]), torch.tensor([-1.0, 1.0]))
+    x_sg = zinb.sample((40_000,))
+    assert x_sg.shape == (40_000, 2) and bool((x_sg == x_sg.round()).all())
+    share_g = zinb.log_prob(torch.zeros(2)).exp()
+    torch.testing.assert_close((x_sg == 0).float().mean(0), share_g, rtol=0, atol=0.01)
+    torch.testing.assert_close(x_sg.mean(0), zinb.mean, rtol=0.05, atol=0)
+    torch.testing.assert_close(x_sg.var(0), zinb.variance, rtol=0.1, atol=0)
+    all_n1 = torch.arange(3000.0).unsqueeze(1)
+    torch.testing.assert_close(zinb.log_prob(all_n1).exp().sum(0), torch.ones(2), rtol=1e-5, atol=0)
+    wide = zinb.expand(torch.Size((5, 2)))
+    assert wide.batch_shape == (5, 2) and wide.sample((3,)).shape == (3, 5, 2)
+    torch.testing.assert_close(wide.log_prob(x_sg[:5]), zinb.log_prob(x_sg[:5]))
+    assert wide.to_event(1).log_prob(x_sg[:5]).shape == (5,)
+    with pytest.raises(ValueError, match="support"):
+        ZeroInflatedNegativeBinomial(zinb.counts, zinb.zero_logit, True).log_prob(torch.tensor([0.5, 1.0]))
+
+
+def test_zinb_terms_of_parameters_are_not_repeated_over_particles(monkeypatch):
+    shapes = []
+    with_mean, logsigmoid = distributions._with_mean, distributions.logsigmoid
+
+    def of_counts(counts, slopes, x, theta, *rest):
+        shapes.append((tuple(theta.shape), tuple(counts.shape)))
+        return with_mean(counts, slopes, x, theta, *rest)
+
+    def of_logits(logit):
+        shapes.append(tuple(logit.shape))
+        return logsigmoid(logit)
+
+    monkeypatch.setattr(distributions, "_with_mean", of_counts)
+    monkeypatch.setattr(distributions, "logsigmoid", of_logits)
+    zinb = _zinb(torch.ones(3), torch.zeros(4, 3), torch.zeros(3)).expand(torch.Size((7, 4, 3)))
+    assert zinb.to_event(1).log_prob(torch.ones(4, 3)).shape == (7, 4)
+    assert shapes == [((3,), (4, 3)), (3,)]
+
+
 class _NoWaiting(TorchDispatchMode):
     """Refuse what makes a processor wait for what a GPU has worked out."""
 
@@ -425,20 +545,19 @@ def test_straight_through_gate_is_binary_with_the_gradient_of_a_relaxed_draw():
 
 def test_measurements_around_a_decoder():
     output_ng, library_n1 = torch.randn(5, 3), torch.full((5, 1), 40.0)
-    counts = {"nb": NegativeBinomial, "poisson": dist.Poisson}
+    counts = {"nb": NegativeBinomial, "zinb": ZeroInflatedNegativeBinomial, "poisson": dist.Poisson}
     for likelihood, kind in counts.items():
-        theta_g, scale_g = spread(likelihood, 3)
-        theta_g = None if theta_g is None else theta_g.init_value
-        x = measurement(output_ng, library_n1, theta_g, scale_g)
+        given = [None if part is None else part.init_value for part in spread(likelihood, 3)]
+        x = measurement(output_ng, library_n1, *given)
         assert isinstance(x, kind)
-        torch.testing.assert_close(x.mean, 40 * output_ng.softmax(-1))
-        learned = measurement(output_ng.clone().requires_grad_(), library_n1, theta_g, scale_g)
+        torch.testing.assert_close(x.mean, 40 * output_ng.softmax(-1))  # of all counts, lost ones included
+        learned = measurement(output_ng.clone().requires_grad_(), library_n1, *given)
         assert torch.equal(learned.mean, x.mean) and learned.mean.requires_grad
-    _, scale_g = spread("gaussian", 3)
+    _, scale_g, _ = spread("gaussian", 3)
     x = measurement(output_ng, library_n1, None, scale_g.init_value)
     torch.testing.assert_close(x.mean, output_ng)
     with pytest.raises(ValueError, match="likelihood is one of"):
-        spread("zinb", 3)
+        spread("zip", 3)
 
 
 def test_gated_normal_scores_by_its_gate():

@@ -16,7 +16,7 @@ from pyro_causalcell.errors import PairError
 from pyro_causalcell.inference import SiteWeights, elbo_terms
 
 GATES = ["posterior", "open", "closed", "sampled"]
-LIKELIHOODS = ["nb", "poisson", "gaussian"]
+LIKELIHOODS = ["nb", "zinb", "poisson", "gaussian"]
 
 
 def _both(model, guide, batch, weights=None) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:

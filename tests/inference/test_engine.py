@@ -52,7 +52,10 @@ def _train(pair: Pair, batches: list[Batch], traced: bool) -> list[dict[str, flo
     return found
 
 
-@pytest.mark.parametrize("settings", [{}, {"norm": "batch"}, {"gates": "open"}, {"likelihood": "poisson"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"norm": "batch"}, {"gates": "open"}, {"likelihood": "poisson"}, {"likelihood": "zinb"}],
+)
 def test_recorded_steps_are_pyros(build, batch, settings):
     with pyro.validation_enabled(False):
         model, guide = build(guide={"dropout": 0.3}, **settings)

@@ -256,7 +256,7 @@ def test_blocks_are_held_and_turned(tiny_screen, quick):
     assert f.model.background_held and not f.guide.gates_held
 
 
-@pytest.mark.parametrize("likelihood", ["nb", "gaussian"])
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "gaussian"])
 def test_turning_the_axes_leaves_the_likelihood_unchanged(build, batch, likelihood):
     model, guide = build(likelihood=likelihood, norm="batch")
     model.eval()

@@ -161,7 +161,7 @@ def test_counts_are_compared_as_log_normalised_values():
     torch.testing.assert_close(model.compared(x_ng, library_n1), expected)
 
 
-@pytest.mark.parametrize("likelihood", ["nb", "poisson", "gaussian"])
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson", "gaussian"])
 def test_draws_follow_the_measurement_and_so_does_their_gradient(likelihood):
     """Against a difference of many draws; counts of about 1, where their shape matters most."""
     torch.manual_seed(0)
@@ -179,8 +179,29 @@ def test_draws_follow_the_measurement_and_so_does_their_gradient(likelihood):
         torch.testing.assert_close(
             mean_g(z), model.compared(measured, cells.library_n1).mean(0), rtol=0.01, atol=0.02
         )
+        drawn = model.drawn(z.expand(200_000, 1), cells)
+        torch.testing.assert_close(
+            (drawn == 0).float().mean(0), (measured == 0).float().mean(0), rtol=0, atol=0.01
+        )
         difference_g = (mean_g(z + 0.25) - mean_g(z - 0.25)) / 0.5
     torch.testing.assert_close(slope_g, difference_g, rtol=0.05, atol=0.08)
+
+
+def test_draws_follow_the_share_of_lost_counts():
+    """Their gradient in it, against a difference of many draws."""
+    torch.manual_seed(0)
+    model = DiscrepancyVAE(4, 2, likelihood="zinb", n_latents=1)
+    model.decoder = _Linear(torch.tensor([[1.0, 0.5, -0.5, -1.0]]))
+    cells = _cells(torch.zeros(400_000, 2), 1)._replace(library_n1=torch.full((400_000, 1), 40.0))
+
+    def mean_g(logit):
+        model.zero_logit_g.data.fill_(logit)
+        return model.drawn(torch.ones(400_000, 1), cells).mean(0)
+
+    slope_g = torch.autograd.grad(mean_g(0.0).sum(), model.zero_logit_g)[0]
+    with torch.no_grad():
+        difference_g = mean_g(0.25) - mean_g(-0.25)
+    torch.testing.assert_close(slope_g, 2 * difference_g, rtol=0.05, atol=0.03)
 
 
 def test_screens_without_controls_are_refused(tiny_adata):

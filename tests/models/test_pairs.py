@@ -51,7 +51,7 @@ def _pair(screen: Screen, named: tuple[str, dict], **settings) -> tuple[Pair, Ba
     return pair, batch
 
 
-@pytest.mark.parametrize("likelihood", ["nb", "poisson", "gaussian"])
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson", "gaussian"])
 def test_pairs_fit_together_and_equal_stock_pyro(tiny_screen, named, likelihood):
     pair, batch = _pair(tiny_screen, named, likelihood=likelihood)
     check_pair(pair.model, pair.guide, batch)
@@ -138,7 +138,7 @@ def test_a_fit_is_used_like_any_other(trained, tiny_screen):
 
 def test_unknown_likelihoods_are_refused(tiny_screen, named):
     with pytest.raises(PairError, match="takes likelihood= one of"):
-        build_pair(named[0], None, tiny_screen.dims(), {"likelihood": "zinb", **named[1]})
+        build_pair(named[0], None, tiny_screen.dims(), {"likelihood": "zip", **named[1]})
 
 
 @pytest.mark.parametrize("module", [sams_vae, discrepancy_vae])

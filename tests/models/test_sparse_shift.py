@@ -78,9 +78,17 @@ def test_doses_scale_shifts(batch):
     torch.testing.assert_close(half_loc, full_loc / 2)
 
 
+KINDS = {
+    "nb": "NegativeBinomial",
+    "zinb": "ZeroInflatedNegativeBinomial",
+    "poisson": "Poisson",
+    "gaussian": "Normal",
+}
+
+
 def test_measurement_of_each_likelihood(batch):
     z_nk = torch.randn(8, 4)
-    for likelihood, kind in (("nb", "NegativeBinomial"), ("poisson", "Poisson"), ("gaussian", "Normal")):
+    for likelihood, kind in KINDS.items():
         model = _model(likelihood=likelihood)
         x = _trace(model, batch, z=z_nk, **EDGES)["x"]["fn"].base_dist
         assert type(x).__name__ == kind and x.mean.shape == (8, 5)
