@@ -12,13 +12,17 @@ from torch.distributions import constraints
 from pyro_causalcell.batch import Batch, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, MeanFieldGate
 from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets
-from pyro_causalcell.nets import Activation, Encoder, Network, Norm, with_interactions
+from pyro_causalcell.nets import Activation, Encoder, Network, Norm, combined, with_interactions
 
 __all__ = ["SparseShiftGuide"]
 
 OPEN_ABOVE = 0.35
 """Edges that start open after the warm start: shifts above this share of the target's largest one (or of
 1, where that is smaller). What a rotation leaves behind is proportional to the shift that it left."""
+
+
+MASKED_STEP = 10.0
+"""What a step of κ's parameter means for its logit. Adam moves all parameters alike, and a logit goes far."""
 
 
 class SparseShiftGuide(PyroModule):
@@ -36,6 +40,8 @@ class SparseShiftGuide(PyroModule):
     With embeddings, q(μ) and q(γ) of a target without training cells are their priors, given what the other
     targets say of the embeddings (``EffectMapGuide``, ``GateCurveGuide``).
 
+    With ``epistasis``, q(κ) is a point, the most likely value: one that no combination tells of is 0.
+
     The cell's intervention may enter q(z): ``intervention="ignored"`` (as the authors' code),
     ``"input"`` (the design is appended to the encoder's input, as the paper's formula), or ``"prior"``
     (default: the prior mean Σ u γ μ is appended, so that the encoder also knows what to make of a shift
@@ -43,7 +49,7 @@ class SparseShiftGuide(PyroModule):
 
     Args:
         n_genes, n_targets, n_batches, target_cells, n_embedding: sizes of the screen.
-        n_latents, likelihood, gates, alpha, interactions: as in the model.
+        n_latents, likelihood, gates, alpha, interactions, epistasis: as in the model.
         intervention: How the intervention enters q(z).
         network, n_hidden, n_layers, norm, dropout, activation: of the encoder.
 
@@ -63,6 +69,7 @@ class SparseShiftGuide(PyroModule):
         gates: Literal["posterior", "open", "closed", "sampled"] = "posterior",
         alpha: float | None = None,
         interactions: tuple[tuple[int, int], ...] = (),
+        epistasis: bool = False,
         intervention: Literal["ignored", "input", "prior"] = "prior",
         network: Network = "mlp",
         n_hidden: int = 128,
@@ -80,6 +87,9 @@ class SparseShiftGuide(PyroModule):
         rate_site = "gate_curve" if described else "edge_rate"
         self.gate_sites = (rate_site, "gate", "min_effect") if gates == "posterior" else ()
         shape = (n_targets + len(self.interactions), n_latents)
+        self.epistasis = epistasis
+        if epistasis:
+            self.masked_logit = PyroParam(torch.full(shape, -3.0 / MASKED_STEP))
         if gates == "posterior":
             self.gate_logit = PyroParam(torch.full(shape, 2.0))
         if gates in ("posterior", "open"):
@@ -143,12 +153,19 @@ class SparseShiftGuide(PyroModule):
             gate_pk = pyro.sample("gate", gate(logits=logit_pk).to_event(2))  # q(γ)
         slab = GatedNormal(gate_pk, loc_pk, scale_pk)
         shift_pk = pyro.sample("shift", slab.to_event(2))  # q(μ | γ)
-        return with_interactions(batch.u_np, self.interactions) @ (gate_pk * shift_pk)
+        u_np = with_interactions(batch.u_np, self.interactions)
+        if not self.epistasis:
+            return u_np @ (gate_pk * shift_pk)
+        masked_pk = torch.sigmoid(MASKED_STEP * self.masked_logit)
+        masked_pk = pyro.sample("epistasis", dist.Delta(masked_pk).to_event(2))  # q(κ)
+        return combined(u_np, gate_pk, shift_pk, masked_pk)[0]
 
     def hold_gates_open(self, held: bool) -> None:
         """Fix all gates open (the warm start), or let them be learned."""
         self.gates_held = held
         self.gate_logit.requires_grad_(not held)
+        if self.epistasis:
+            self.masked_logit.requires_grad_(not held)
         if held:
             self.gate_logit.data.fill_(10.0)
 

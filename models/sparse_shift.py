@@ -18,7 +18,15 @@ from pyro_causalcell.distributions import (
     spread,
 )
 from pyro_causalcell.embeddings import expected_effects, expected_gates, where_open
-from pyro_causalcell.nets import Activation, Decoder, Network, Norm, straight_through, with_interactions
+from pyro_causalcell.nets import (
+    Activation,
+    Decoder,
+    Network,
+    Norm,
+    combined,
+    straight_through,
+    with_interactions,
+)
 from pyro_causalcell.penalties import beta_sparsity, edge_cost
 
 __all__ = ["PRESETS", "SparseShift"]
@@ -48,6 +56,10 @@ loss of sVAE is a mean over cells, as here; that of sVAE+ is a sum, so its eps i
 (and its weight decay of 1e-6 vanishes)."""
 
 
+MASKED_RARELY = 3.0
+"""Second shape of the Beta prior of κ: masking nine tenths of an effect costs 5 nats."""
+
+
 class SparseShift(PyroModule):
     r"""Sparse mechanism shift: each perturbation moves a few latent programmes.
 
@@ -69,7 +81,18 @@ class SparseShift(PyroModule):
     θ       ``theta_g``    g       inverse dispersion
     ======  =============  ======  ====================================================================
 
-    Shifts of several targets in one cell add. ``gates`` chooses the member of the family:
+    Shifts of several targets in one cell add. With ``epistasis`` one target may mask another: p takes a share
+    κ_pk (``epistasis``, p, k) of what the other targets of its cell do to programme k,
+
+    .. math::
+        \kappa_{pk} \sim \mathrm{Beta}(1, 3), \qquad
+        z_n \sim \mathrm{Normal}\big(\textstyle\sum_p u_{np}\, \gamma_p \odot \mu_p
+            \odot \prod_{q \ne p} (1 - u_{nq}\, \kappa_q),\; 1\big)
+
+    Only cells with several targets tell of it: what masks in one combination is expected to mask in others.
+    A target that none of them carries masks nothing.
+
+    ``gates`` chooses the member of the family:
 
     * ``"posterior"`` (default): global gates, integrated out exactly in training: the guide hands over
       its gate probabilities, and the variance that they give to the mean of z is scored in its prior.
@@ -99,11 +122,13 @@ class SparseShift(PyroModule):
         alpha: Beta shape, or weight of the L1 penalty; the number of targets when left out.
         sparsity: Penalty of ``gates="sampled"``.
         interactions: Pairs of targets that get a gated shift of their own in cells that carry both.
+        epistasis: Whether a target may mask what others do, see above.
         network: ``"mlp"``, or ``"image"`` where x are the pixels (y, x, rgb) of an image.
         n_hidden, n_layers, norm, activation: of the decoder.
 
     Raises:
-        ValueError: Interactions together with embeddings, which describe single targets.
+        ValueError: Interactions together with embeddings, which describe single targets; epistasis together
+            with interactions, or without global gates.
 
     Source: Lopez et al., CLeaR 2023, section 3.2 and Appendices A, B; the exact expectation over gates
     and the cost of an edge are this project's.
@@ -128,6 +153,7 @@ class SparseShift(PyroModule):
         alpha: float | None = None,
         sparsity: Literal["beta", "l1"] = "beta",
         interactions: tuple[tuple[int, int], ...] = (),
+        epistasis: bool = False,
         network: Network = "mlp",
         n_hidden: int = 128,
         n_layers: int = 2,
@@ -137,10 +163,12 @@ class SparseShift(PyroModule):
         super().__init__()
         if n_embedding and interactions:
             raise ValueError("embeddings describe targets, not interactions=; use one of the two")
+        if epistasis and (interactions or gates not in ("posterior", "open")):
+            raise ValueError('epistasis= goes with gates="posterior" or "open" and without interactions=')
         self.needs = {"normalised"} if likelihood == "gaussian" else {"counts"}
         self.n_latents, self.likelihood, self.gates, self.sparsity = n_latents, likelihood, gates, sparsity
         self.shift_scale = shift_scale
-        self.interactions = tuple(interactions)
+        self.interactions, self.epistasis = tuple(interactions), epistasis
         n_edges = n_targets + len(self.interactions)
         self.alpha = float(n_targets if alpha is None else alpha)
         cells_p = torch.tensor(target_cells or [0.0] * n_targets)
@@ -167,14 +195,17 @@ class SparseShift(PyroModule):
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
         u_np = with_interactions(batch.u_np, self.interactions)
         gate_pk, shift_pk = self.edges(u_np, batch.n_total)
+        masked_pk = None
+        if self.epistasis:
+            rarely = dist.Beta(torch.ones_like(gate_pk), MASKED_RARELY)
+            masked_pk = pyro.sample("epistasis", rarely.to_event(2))  # p(κ)
 
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             if self.gates == "sampled":
                 loc_nk = straight_through(u_np, gate_pk, shift_pk)
                 var_nk = torch.zeros_like(loc_nk)
             else:
-                loc_nk = u_np @ (gate_pk * shift_pk)
-                var_nk = u_np**2 @ (gate_pk * (1 - gate_pk) * shift_pk**2)  # 0 for binary gates
+                loc_nk, var_nk = combined(u_np, gate_pk, shift_pk, masked_pk)
             z_nk = pyro.sample("z", UncertainMeanNormal(loc_nk, var_nk).to_event(1))  # p(z | γ, μ, u)
             x = pyro.sample("x", self.measurement(z_nk, batch).to_event(1), obs=batch.x_ng)  # p(x | z)
             return x

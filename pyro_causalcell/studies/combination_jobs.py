@@ -53,13 +53,16 @@ Law = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 """Negative log-likelihoods of the cells in some rows."""
 REFERENCES = "references"
 """The job that scores every baseline, the duplicates and the oracle."""
-INTERACTIONS = "sVAE+ (ours), interactions"
+INTERACTIONS, EPISTASIS = "sVAE+ (ours), interactions", "sVAE+ (ours), epistasis"
+FROM_DOUBLES = (INTERACTIONS, EPISTASIS)
+"""Methods that are another one where no double is seen in training."""
 CDAG, DAG = "cDAG-VAE (ours)", "DAG-VAE (ours)"
 HALF, MOSTLY = "cDAG-VAE (ours), half responsive", "cDAG-VAE (ours), mostly responsive"
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sVAE+ (ours)": ("sparse-shift", {"warmup": {"z": 15}}),
     INTERACTIONS: ("sparse-shift", {"warmup": {"z": 15}, "interactions": "seen"}),
+    EPISTASIS: ("sparse-shift", {"warmup": {"z": 15}, "epistasis": True}),
     "SAMS-VAE": ("sams-vae", {"warmup": {"z": 15}}),
     "CPA-VAE": ("sams-vae", {"warmup": {"z": 15}, **SAMS["cpa-vae"]}),
     "conditional VAE": ("conditional-vae", {"warmup": {"z": 15}}),

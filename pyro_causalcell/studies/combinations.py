@@ -24,9 +24,10 @@ from pyro_causalcell.studies.combination_jobs import (
     CDAG,
     DAG,
     EFFORTS,
+    EPISTASIS,
+    FROM_DOUBLES,
     GENE_SETS,
     HALF,
-    INTERACTIONS,
     METHODS,
     METRICS,
     MOSTLY,
@@ -48,7 +49,7 @@ COMPARED = ("l2", "pearson_control", "pearson_perturbed", "e_distance")
 """Metrics of the page of paired differences."""
 AGAINST = ("additive", "matching mean", "elastic net")
 """Baselines that every method is compared with, double by double."""
-OURS = ("sVAE+ (ours) (", "cDAG-VAE (ours) (")
+OURS = tuple(f"{name} (" for name in ("sVAE+ (ours)", EPISTASIS, CDAG))
 """How methods begin that are compared with every other one as well."""
 
 
@@ -167,7 +168,7 @@ def _rows(
         raise CausalCellError(f"unknown methods {unknown}; they are {list(METHODS)}")
     rows: list[tuple[str, dict[str, Any]]] = [(REFERENCES, {})]
     for name in METHODS if methods is None else methods:
-        if name == INTERACTIONS and not seen_doubles:
+        if name in FROM_DOUBLES and not seen_doubles:
             continue
         for size in sizes:
             if name in (HALF, MOSTLY) and size != max(SIZES):

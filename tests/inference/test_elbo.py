@@ -58,6 +58,7 @@ def test_equals_stock_in_value_and_gradient(build, batch, gates, likelihood):
         ({"intervention": "ignored"}, {}),
         ({"intervention": "input"}, {}),
         ({"intervention": "prior"}, {"interactions": ((1, 2), (0, 1))}),
+        ({}, {"epistasis": True}),
         ({}, {"gates": "sampled", "sparsity": "l1"}),
         ({}, {"norm": "batch"}),
     ],

@@ -1,5 +1,7 @@
 """The sparse shift family: what each setting assumes, term by term."""
 
+import math
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -156,6 +158,25 @@ def test_interactions_shift_cells_that_carry_both(batch):
     assert bool((loc_nk[6:] == 6).all()) and bool((loc_nk[:6] == 0).all())
     assert model.cost_p.shape == (4,)
     assert float(model.cost_p[3]) == float(torch.minimum(model.cost_p[0], model.cost_p[2]))
+
+
+def test_epistasis_masks_what_other_targets_of_the_cell_do(batch):
+    model = _model(epistasis=True)
+    edges = EDGES | {"gate": torch.ones(3, 4), "epistasis": torch.zeros(3, 4)}
+    edges["epistasis"][2, 0] = 0.75
+    nodes = _trace(model, batch, **edges)
+    loc_nk = nodes["z"]["fn"].base_dist.mean
+    first, third = EDGES["shift"][0], EDGES["shift"][2]
+    torch.testing.assert_close(loc_nk[2], first)
+    torch.testing.assert_close(loc_nk[6], torch.tensor([0.25, 1, 1, 1]) * first + third)
+    cost = dist.Beta(1.0, 3.0).log_prob(torch.tensor(0.75)) + 11 * math.log(3)
+    torch.testing.assert_close(nodes["epistasis"]["log_prob_sum"], cost)
+
+
+@pytest.mark.parametrize("settings", [{"interactions": ((0, 2),)}, {"gates": "closed"}, {"gates": "sampled"}])
+def test_epistasis_needs_global_gates_alone(settings):
+    with pytest.raises(ValueError, match="epistasis"):
+        _model(epistasis=True, **settings)
 
 
 def test_one_target_and_no_batches():

@@ -1,0 +1,58 @@
+"""A target that masks what others do, learnt from some doubles and expected in others (simulated counts)."""
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from pyro_causalcell.data import Screen, held_out_combinations
+from pyro_causalcell.inference import Fit, fit
+from pyro_causalcell.predict import global_means, predict
+
+UP, OTHER = slice(0, 10), slice(10, 20)
+"""Genes that A1, A2 and A3 raise, unless Q is there too; genes that B raises."""
+CONDITIONS = ["A1", "A2", "A3", "B", "Q", "A1+Q", "A2+Q", "A1+B", "A3+Q", "A3+B"]
+HELD = ["A3+Q", "A3+B"]
+
+
+@pytest.fixture(scope="module")
+def screen() -> Screen:
+    rng = np.random.default_rng(0)
+    label_n = np.repeat(["ctrl", *CONDITIONS], [300, *[100] * len(CONDITIONS)])
+    log_mean_ng = np.full((len(label_n), 40), 1.0) + 0.2 * rng.standard_normal((len(label_n), 1))
+    for n, label in enumerate(label_n):
+        targets = label.split("+")
+        log_mean_ng[n, UP] += 1.2 * (label.startswith("A") and "Q" not in targets)
+        log_mean_ng[n, OTHER] += 1.2 * ("B" in targets)
+        log_mean_ng[n, 20:30] -= 0.6 * ("Q" in targets)
+    obs = pd.DataFrame({"target": label_n}, index=[f"c{n}" for n in range(len(label_n))])
+    genes = pd.DataFrame(index=[f"g{g}" for g in range(40)])
+    return Screen(ad.AnnData(rng.poisson(np.exp(log_mean_ng)).astype(np.float32), obs, genes), control="ctrl")
+
+
+def _fitted(screen: Screen, **settings: object) -> Fit:
+    split = held_out_combinations(screen, HELD, seed=0)
+    shared = {"n_latents": 4, "n_hidden": 32, "epochs": 80, "warm_start": 30, "batch_size": 64, "lr": 5e-3}
+    return fit("sparse-shift", None, screen, split=split, seed=0, progress=False, **shared, **settings)
+
+
+def test_what_masks_in_one_double_is_expected_to_mask_in_another(screen):
+    run, plain = _fitted(screen, epistasis=True), _fitted(screen)
+    measured = {name: _rise(screen.adata[screen.adata.obs["target"] == name]) for name in [*HELD, "A3"]}
+    assert measured["A3+Q"] < 0.1 < 1.0 < measured["A3+B"]
+    missed = {
+        label: {name: abs(_rise(predict(of, [name], n_cells=500, seed=1)) - measured[name]) for name in HELD}
+        for label, of in (("epistasis", run), ("plain", plain))
+    }
+    assert missed["epistasis"]["A3+Q"] < 0.5 * missed["plain"]["A3+Q"]
+    assert missed["epistasis"]["A3+B"] < 0.25
+    masked = global_means(run)["epistasis"]
+    raised = int(global_means(run)["shift"][screen.targets.index("A3")].abs().argmax())
+    share = {target: float(masked[p, raised]) for p, target in enumerate(screen.targets)}
+    assert share["Q"] > 0.6 and max(share[other] for other in ("A1", "A2", "A3", "B")) < 0.2
+
+
+def _rise(cells: ad.AnnData) -> float:
+    """Log fold change of the genes that A raises, from those that nothing changes."""
+    mean_g = np.asarray(cells.X.mean(0)).ravel()
+    return float(np.log(mean_g[UP]).mean() - np.log(mean_g[30:]).mean())
