@@ -443,7 +443,8 @@ def graph(run: Path, out: Path) -> None:
     Args:
         run: Run folder of the fit.
         out: Table to write (CSV): perturbation, programme, probability of the edge, effect (in standard
-            deviations of a control programme) and its standard deviation. A model that follows cells over
+            deviations of a control programme) and its standard deviation. With epistasis, the share that
+            it takes away of what other perturbations do to the programme. A model that follows cells over
             time adds the probability that the programme is cut off from its parents, and a second table
             beside this one, FILE_lagged.csv: which programme acts on which a step later.
     """

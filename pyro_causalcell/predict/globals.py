@@ -26,6 +26,10 @@ __all__ = [
 ]
 
 
+OF_OTHERS = {"cut": "cut", "masks": "epistasis"}
+"""Columns of ``graph`` that some models add -> their sites."""
+
+
 def design(fit: Fit, conditions: Sequence[str]) -> Tensor:
     """The design of conditions that are to be predicted, shape c, p.
 
@@ -101,8 +105,9 @@ def graph(fit: Fit) -> pd.DataFrame:
         One row per edge: ``perturbation``, ``programme``, ``probability`` that the edge is there,
         ``effect`` (posterior mean of the shift where it is, in standard deviations of a control
         programme) and ``effect_sd``. Models in which a perturbation may cut a programme off its parents add
-        ``cut``, the probability that it does; their shift is that of one step. Programmes that no
-        perturbation may act on have no rows.
+        ``cut``, the probability that it does; their shift is that of one step. With ``epistasis`` there is
+        ``masks``: the share of what other targets of a cell do to the programme that this one takes away.
+        Programmes that no perturbation may act on have no rows.
 
     Raises:
         PredictionError: The model has no ``shift``: with closed gates perturbations have no effect.
@@ -122,8 +127,7 @@ def graph(fit: Fit) -> pd.DataFrame:
     targets, programmes = edge_names(fit, len(effect_pk)), programme_names(fit)[-effect_pk.shape[1] :]
     rows = pd.MultiIndex.from_product([targets, programmes], names=["perturbation", "programme"])
     columns = {"probability": probability_pk, "effect": effect_pk, "effect_sd": sd_pk}
-    if "cut" in sites:
-        columns["cut"] = sites["cut"].mean
+    columns |= {name: sites[site].mean for name, site in OF_OTHERS.items() if site in sites}
     values = {name: value.detach().cpu().numpy().ravel() for name, value in columns.items()}
     return pd.DataFrame(values, index=rows).reset_index()
 

@@ -118,9 +118,13 @@ def graph_section(graph: pd.DataFrame, *, over_time: bool = False) -> str:
     )
     if "cut" in graph:
         text += " Cut: the probability that the perturbation cuts the programme off from its parents."
+    if "masks" in graph:
+        text += (
+            " Masks: the share that it takes away of what other perturbations of a cell do to the programme."
+        )
     rows = rows.rename(columns={"effect_sd": "effect s.d."})
     formats = {"probability": "{:.3f}".format, "effect": "{:+.2f}".format, "effect s.d.": "{:.2f}".format}
-    formats |= {"cut": "{:.3f}".format}
+    formats |= dict.fromkeys(("cut", "masks"), "{:.3f}".format)
     label = "Filter by perturbation or programme"
     return picture + "<h3>All edges</h3>" + html.paragraph(text) + html.table(rows, formats, label=label)
 

@@ -23,6 +23,11 @@ __all__ = [
 
 _SURE = 0.9
 _LIKELY = 0.5
+_OF_OTHERS = {
+    "cut": ("cut", "{} off from its parents, its own past too"),
+    "masks": ("mask", "most of what other perturbations of the same cell do to {}"),
+}
+"""Columns of the graph that say what a perturbation takes away from others: verb and object."""
 
 
 def plain(programme: str) -> str:
@@ -61,7 +66,8 @@ def summarise_graph(graph: pd.DataFrame, effects: xr.Dataset | None = None, n_ge
     """One sentence for each programme that perturbations move, then the rest in brief.
 
     Args:
-        graph: Columns perturbation, programme, probability, effect, and cut where perturbations cut parents.
+        graph: What ``predict.graph`` returns: perturbation, programme, probability, effect, and cut or masks
+            where the model has them.
         effects: What ``predict.effects`` returns; adds the genes that the perturbations of a programme change
             alike.
         n_genes: Genes named in each direction.
@@ -74,12 +80,13 @@ def summarise_graph(graph: pd.DataFrame, effects: xr.Dataset | None = None, n_ge
     sentences = [
         _programme_sentence(graph, name, members, effects, n_genes) for name, members in groups.items()
     ]
-    cutters = graph[graph["cut"] > _LIKELY] if "cut" in graph else graph[:0]
-    sentences += [
-        f"{join(list(rows['perturbation']))} {'cuts' if len(rows) == 1 else 'cut'} {plain(str(name))} off "
-        "from its parents, its own past too."
-        for name, rows in cutters.groupby("programme", sort=False)
-    ]
+    acting_on_others: set[str] = set()
+    for column, (verb, what) in _OF_OTHERS.items():
+        likely = graph[graph[column] > _LIKELY] if column in graph else graph[:0]
+        acting_on_others |= set(likely["perturbation"])
+        for name, rows in likely.groupby("programme", sort=False):
+            verbs = f"{verb}s" if len(rows) == 1 else verb
+            sentences.append(f"{join(list(rows['perturbation']))} {verbs} {what.format(plain(str(name)))}.")
     best = graph.groupby("perturbation", sort=False)["probability"].max()
     unsure = graph[graph["probability"].between(_LIKELY, _SURE, inclusive="right")]
     if len(unsure):
@@ -88,7 +95,7 @@ def summarise_graph(graph: pd.DataFrame, effects: xr.Dataset | None = None, n_ge
             for row in unsure.itertuples()
         ]
         sentences.append(f"Likely but not sure: {join(pairs)}.")
-    silent = [name for name in best.index[best <= _LIKELY] if name not in set(cutters["perturbation"])]
+    silent = [name for name in best.index[best <= _LIKELY] if name not in acting_on_others]
     if silent:
         verb = "shows" if len(silent) == 1 else "show"
         sentences.append(

@@ -7,7 +7,7 @@ import pytest
 
 from pyro_causalcell.data import Screen, held_out_combinations
 from pyro_causalcell.inference import Fit, fit
-from pyro_causalcell.predict import global_means, predict
+from pyro_causalcell.predict import graph, predict
 
 UP, OTHER = slice(0, 10), slice(10, 20)
 """Genes that A1, A2 and A3 raise, unless Q is there too; genes that B raises."""
@@ -46,10 +46,11 @@ def test_what_masks_in_one_double_is_expected_to_mask_in_another(screen):
     }
     assert missed["epistasis"]["A3+Q"] < 0.5 * missed["plain"]["A3+Q"]
     assert missed["epistasis"]["A3+B"] < 0.25
-    masked = global_means(run)["epistasis"]
-    raised = int(global_means(run)["shift"][screen.targets.index("A3")].abs().argmax())
-    share = {target: float(masked[p, raised]) for p, target in enumerate(screen.targets)}
-    assert share["Q"] > 0.6 and max(share[other] for other in ("A1", "A2", "A3", "B")) < 0.2
+    edges = graph(run).set_index(["perturbation", "programme"])
+    raised = (edges["probability"] * edges["effect"].abs()).loc["A3"].idxmax()
+    share = edges["masks"].xs(raised, level="programme")
+    assert share["Q"] > 0.6 and share[["A1", "A2", "A3", "B"]].max() < 0.2
+    assert "masks" not in graph(plain)
 
 
 def _rise(cells: ad.AnnData) -> float:
