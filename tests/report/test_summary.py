@@ -42,6 +42,14 @@ def test_sentences_do_not_depend_on_the_arbitrary_sign(graph, effects):
     assert summarise_graph(turned, effects) == summarise_graph(graph, effects)
 
 
+def test_what_a_perturbation_masks_is_told_and_counts_as_an_effect(graph, effects):
+    masking = graph.assign(masks=0.1)
+    masking.loc[(masking["perturbation"] == "ATF2") & (masking["programme"] == "programme_3"), "masks"] = 0.8
+    sentences = summarise_graph(masking, effects)
+    assert "ATF2 masks most of what other perturbations of the same cell do to programme 3." in sentences
+    assert sentences[-1].startswith("CAV1 shows no effect")
+
+
 def test_only_genes_that_all_members_change_are_named(graph, effects):
     effects["gene_low"].loc["JAK2", "GENE2"] = -1.0
     assert "GENE2" not in summarise_graph(graph, effects)[0]
