@@ -12,17 +12,14 @@ from torch.distributions import constraints
 from pyro_causalcell.batch import Batch, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, MeanFieldGate
 from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets
-from pyro_causalcell.nets import Activation, Encoder, Network, Norm, combined, with_interactions
+from pyro_causalcell.epistasis import MaskingGuide, combined
+from pyro_causalcell.nets import Activation, Encoder, Network, Norm, with_interactions
 
 __all__ = ["SparseShiftGuide"]
 
 OPEN_ABOVE = 0.35
 """Edges that start open after the warm start: shifts above this share of the target's largest one (or of
 1, where that is smaller). What a rotation leaves behind is proportional to the shift that it left."""
-
-
-MASKED_STEP = 10.0
-"""What a step of κ's parameter means for its logit. Adam moves all parameters alike, and a logit goes far."""
 
 
 class SparseShiftGuide(PyroModule):
@@ -89,7 +86,7 @@ class SparseShiftGuide(PyroModule):
         shape = (n_targets + len(self.interactions), n_latents)
         self.epistasis = epistasis
         if epistasis:
-            self.masked_logit = PyroParam(torch.full(shape, -3.0 / MASKED_STEP))
+            self.masking = MaskingGuide(*shape)
         if gates == "posterior":
             self.gate_logit = PyroParam(torch.full(shape, 2.0))
         if gates in ("posterior", "open"):
@@ -156,16 +153,14 @@ class SparseShiftGuide(PyroModule):
         u_np = with_interactions(batch.u_np, self.interactions)
         if not self.epistasis:
             return u_np @ (gate_pk * shift_pk)
-        masked_pk = torch.sigmoid(MASKED_STEP * self.masked_logit)
-        masked_pk = pyro.sample("epistasis", dist.Delta(masked_pk).to_event(2))  # q(κ)
-        return combined(u_np, gate_pk, shift_pk, masked_pk)[0]
+        return combined(u_np, gate_pk, shift_pk, self.masking())[0]  # q(κ)
 
     def hold_gates_open(self, held: bool) -> None:
         """Fix all gates open (the warm start), or let them be learned."""
         self.gates_held = held
         self.gate_logit.requires_grad_(not held)
         if self.epistasis:
-            self.masked_logit.requires_grad_(not held)
+            self.masking.requires_grad_(not held)
         if held:
             self.gate_logit.data.fill_(10.0)
 

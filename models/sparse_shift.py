@@ -18,15 +18,8 @@ from pyro_causalcell.distributions import (
     spread,
 )
 from pyro_causalcell.embeddings import expected_effects, expected_gates, where_open
-from pyro_causalcell.nets import (
-    Activation,
-    Decoder,
-    Network,
-    Norm,
-    combined,
-    straight_through,
-    with_interactions,
-)
+from pyro_causalcell.epistasis import combined, masking
+from pyro_causalcell.nets import Activation, Decoder, Network, Norm, straight_through, with_interactions
 from pyro_causalcell.penalties import beta_sparsity, edge_cost
 
 __all__ = ["PRESETS", "SparseShift"]
@@ -56,10 +49,6 @@ loss of sVAE is a mean over cells, as here; that of sVAE+ is a sum, so its eps i
 (and its weight decay of 1e-6 vanishes)."""
 
 
-MASKED_RARELY = 3.0
-"""Second shape of the Beta prior of κ: masking nine tenths of an effect costs 5 nats."""
-
-
 class SparseShift(PyroModule):
     r"""Sparse mechanism shift: each perturbation moves a few latent programmes.
 
@@ -82,15 +71,9 @@ class SparseShift(PyroModule):
     ======  =============  ======  ====================================================================
 
     Shifts of several targets in one cell add. With ``epistasis`` one target may mask another: p takes a share
-    κ_pk (``epistasis``, p, k) of what the other targets of its cell do to programme k,
-
-    .. math::
-        \kappa_{pk} \sim \mathrm{Beta}(1, 3), \qquad
-        z_n \sim \mathrm{Normal}\big(\textstyle\sum_p u_{np}\, \gamma_p \odot \mu_p
-            \odot \prod_{q \ne p} (1 - u_{nq}\, \kappa_q),\; 1\big)
-
-    Only cells with several targets tell of it: what masks in one combination is expected to mask in others.
-    A target that none of them carries masks nothing.
+    κ_pk (``epistasis``, p, k) of what the other targets of its cell do to programme k (see
+    ``pyro_causalcell.epistasis``). Only cells with several targets tell of it: what masks in one combination
+    is expected to mask in others.
 
     ``gates`` chooses the member of the family:
 
@@ -195,10 +178,7 @@ class SparseShift(PyroModule):
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
         u_np = with_interactions(batch.u_np, self.interactions)
         gate_pk, shift_pk = self.edges(u_np, batch.n_total)
-        masked_pk = None
-        if self.epistasis:
-            rarely = dist.Beta(torch.ones_like(gate_pk), MASKED_RARELY)
-            masked_pk = pyro.sample("epistasis", rarely.to_event(2))  # p(κ)
+        masked_pk = masking(gate_pk) if self.epistasis else None  # p(κ)
 
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             if self.gates == "sampled":

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_causalcell.batch import Batch, carried
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, LinearSCM, measurement, spread
 from pyro_causalcell.embeddings import expected_effects, expected_gates, squared_size, where_open
+from pyro_causalcell.epistasis import masked_doses, masking
 from pyro_causalcell.nets import Activation, Decoder, Norm
 from pyro_causalcell.penalties import edge_cost
 
@@ -95,6 +96,8 @@ class WeightVariantSCM(PyroModule):
         centred: Whether z_v is the latent; otherwise its noise n_v is (site ``innovation``), which needs
             open gates and edges.
         rank: Rank of the weights over perturbations, for many targets; None leaves them free.
+        epistasis: Whether a target may mask what other targets of the cell change about a programme (see
+            ``pyro_causalcell.epistasis``).
         min_effect: Smallest change worth a gate, in standard deviations of a programme.
         min_weight: Smallest weight worth an edge, over the cells whose mechanism is changed.
         shift_scale: τ.
@@ -136,6 +139,7 @@ class WeightVariantSCM(PyroModule):
         anchored: bool = True,
         centred: bool = True,
         rank: int | None = None,
+        epistasis: bool = False,
         min_effect: float = 0.5,
         min_weight: float = 0.3,
         shift_scale: float = 2.0,
@@ -153,6 +157,7 @@ class WeightVariantSCM(PyroModule):
         self.n_targets, self.n_invariant, self.n_responsive = n_targets, n_invariant, n_responsive
         self.gates, self.edges, self.alters, self.centred = gates, edges, tuple(alters), centred
         self.shift_scale, self.rank, self.background_held = shift_scale, rank, True
+        self.epistasis = epistasis
         n_programmes = n_invariant + n_responsive
         cells_p = torch.tensor(target_cells or [0.0] * n_targets)
         self.register_buffer("cells_p", cells_p)
@@ -185,11 +190,12 @@ class WeightVariantSCM(PyroModule):
         expected = self.expected()
         gate_pv, edge_vk, expected = self.structure(expected)
         changes = self.changes(gate_pv, edge_vk, expected)
+        masked_pv = masking(gate_pv) if self.epistasis else None  # p(κ)
 
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             z_nl = pyro.sample("z_invariant", self.background(batch.u_np))  # p(z_l)
             held = carried(batch.u_np, batch.most if self.training else None)
-            p_z_nv = self.mechanisms(held, z_nl, gate_pv, edge_vk, *changes)
+            p_z_nv = self.mechanisms(held, z_nl, gate_pv, edge_vk, *changes, masked_pv)
             z_nv = self.responsive(p_z_nv)  # p(z_v | z_l, u)
             z_nk = torch.cat([z_nl.expand(*z_nv.shape[:-1], -1), z_nv], -1)
             output_ng = self.decoder(z_nk, batch.batch_nb)
@@ -270,6 +276,7 @@ class WeightVariantSCM(PyroModule):
         shift_pv: Tensor,
         log_scale_pv: Tensor,
         weight_pvk: Tensor,
+        masked_pv: Tensor | None = None,
     ) -> LinearSCM:
         """p(z_v | z_l, u), exact for binary gates; for probabilities its expectation over them.
 
@@ -277,17 +284,20 @@ class WeightVariantSCM(PyroModule):
         tilts its probability: ρ = γ σ⁻² / (1 − γ + γ σ⁻²) takes the place of γ in the residual. A cell looks
         at the targets m that it holds (``carried``) alone: all of them would take n, p, v, k.
         """
-        n_l, (target_nm, dose_nm1) = self.n_invariant, held
-        parts_pvj = [part.unsqueeze(-1) for part in (gate_pv, shift_pv, log_scale_pv)]
-        table_pvj = torch.cat([*parts_pvj, weight_pvk], -1)  # one table: its rows are picked at once
+        n_l, (target_nm, dose_nmv) = self.n_invariant, held
+        parts = [gate_pv, shift_pv, log_scale_pv, *([] if masked_pv is None else [masked_pv])]
+        # one table: its rows are picked at once
+        table_pvj = torch.cat([*(part.unsqueeze(-1) for part in parts), weight_pvk], -1)
         rows_nmvj = table_pvj.index_select(0, target_nm.flatten()).unflatten(0, target_nm.shape)
-        gate_nmv, shift_nmv, log_scale_nmv = rows_nmvj[..., :3].unbind(-1)
-        weight_nmvk = rows_nmvj[..., 3:]
-        ratio_nmv = torch.exp(-2 * dose_nm1 * log_scale_nmv)
+        gate_nmv, shift_nmv, log_scale_nmv, *masked_nmv = rows_nmvj[..., : len(parts)].unbind(-1)
+        weight_nmvk = rows_nmvj[..., len(parts) :]
+        if masked_nmv:
+            dose_nmv = masked_doses(dose_nmv, *masked_nmv)
+        ratio_nmv = torch.exp(-2 * dose_nmv * log_scale_nmv)
         share_nmv = 1 - gate_nmv + gate_nmv * ratio_nmv
         tilted_nmv = gate_nmv * ratio_nmv / share_nmv
         precision_nv = torch.exp(share_nmv.log().sum(1))
-        given_nmv = dose_nm1 * tilted_nmv
+        given_nmv = dose_nmv * tilted_nmv
         mean_nvk = (given_nmv.unsqueeze(-1) * weight_nmvk).sum(1)
         if not self.anchored:
             mean_nvk = mean_nvk + self.weight_vk
@@ -296,9 +306,9 @@ class WeightVariantSCM(PyroModule):
         loc_nv = loc_nv + torch.einsum("nij,...nj->...ni", weight_nvk[..., :n_l], z_nl)
         slack = None
         if self.training and "posterior" in (self.gates, self.edges):
-            unsure_nmv = dose_nm1**2 * tilted_nmv * (1 - tilted_nmv)
+            unsure_nmv = dose_nmv**2 * tilted_nmv * (1 - tilted_nmv)
             slack = self.slack(z_nl, unsure_nmv, mean_nvk, edge_vk, shift_nmv, weight_nmvk)
-        log_scale_nv = (dose_nm1 * gate_nmv * log_scale_nmv).sum(1)
+        log_scale_nv = (dose_nmv * gate_nmv * log_scale_nmv).sum(1)
         return LinearSCM(loc_nv, weight_nvk[..., n_l:], log_scale_nv, precision_nv, slack)
 
     def slack(

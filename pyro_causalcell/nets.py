@@ -20,7 +20,6 @@ __all__ = [
     "MaskedLinear",
     "Network",
     "Norm",
-    "combined",
     "encoded_together",
     "straight_through",
     "times",
@@ -31,9 +30,6 @@ Network = Literal["mlp", "image"]
 """What x is to a network: genes, or the pixels of a square image, flattened (y, x, rgb)."""
 Norm = Literal["none", "batch", "layer"]
 Activation = Literal["relu", "leaky_relu", "silu"]
-
-LEAST_KEPT = 1e-3
-"""Smallest share of an effect that another target leaves, to divide by."""
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -276,27 +272,6 @@ def with_interactions(u_np: Tensor, pairs: tuple[tuple[int, int], ...]) -> Tenso
         return u_np
     first, second = torch.tensor(pairs, device=u_np.device).T
     return torch.cat([u_np, u_np[:, first] * u_np[:, second]], -1)
-
-
-def combined(
-    u_np: Tensor, gate_pk: Tensor, shift_pk: Tensor, masked_pk: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance of what the targets of each cell do to the programmes, each n, k.
-
-    Effects add up. With ``masked_pk`` each keeps of its own what no other target of the cell takes away.
-
-    Args:
-        u_np: Design.
-        gate_pk: Gates γ, or their probabilities: the variance is that of open or closed, 0 for binary ones.
-        shift_pk: Shifts where gates are open.
-        masked_pk: Share of the others' effect on a programme that a target takes away, below 1.
-    """
-    if masked_pk is None:
-        return u_np @ (gate_pk * shift_pk), u_np**2 @ (gate_pk * (1 - gate_pk) * shift_pk**2)
-    kept_pk = (1 - masked_pk).clamp(min=LEAST_KEPT)
-    kept_nk = ((u_np != 0).to(u_np) @ kept_pk.log()).exp()  # by all targets of the cell
-    loc_nk, var_nk = combined(u_np, gate_pk, shift_pk / kept_pk)  # but not by itself
-    return kept_nk * loc_nk, kept_nk**2 * var_nk
 
 
 def straight_through(u_np: Tensor, gate_pk: Tensor, shift_pk: Tensor) -> Tensor:

@@ -54,9 +54,10 @@ Law = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 REFERENCES = "references"
 """The job that scores every baseline, the duplicates and the oracle."""
 INTERACTIONS, EPISTASIS = "sVAE+ (ours), interactions", "sVAE+ (ours), epistasis"
-FROM_DOUBLES = (INTERACTIONS, EPISTASIS)
-"""Methods that are another one where no double is seen in training."""
 CDAG, DAG = "cDAG-VAE (ours)", "DAG-VAE (ours)"
+CDAG_EPISTASIS = "cDAG-VAE (ours), epistasis"
+FROM_DOUBLES = (INTERACTIONS, EPISTASIS, CDAG_EPISTASIS)
+"""Methods that are another one where no double is seen in training."""
 HALF, MOSTLY = "cDAG-VAE (ours), half responsive", "cDAG-VAE (ours), mostly responsive"
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,6 +72,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         {"likelihood": "gaussian", "warmup": {"mmd": 20}, "batch_size": 512},
     ),
     CDAG: ("weight-variant-scm", {}),
+    CDAG_EPISTASIS: ("weight-variant-scm", {"epistasis": True}),
     DAG: ("weight-variant-scm", {"alignment": "none"}),
     HALF: ("weight-variant-scm", {"n_responsive": 53, "n_invariant": 52}),
     MOSTLY: ("weight-variant-scm", {"n_responsive": 85, "n_invariant": 20}),

@@ -22,6 +22,7 @@ from pyro_causalcell.errors import CausalCellError
 from pyro_causalcell.plot import compare_methods
 from pyro_causalcell.studies.combination_jobs import (
     CDAG,
+    CDAG_EPISTASIS,
     DAG,
     EFFORTS,
     EPISTASIS,
@@ -49,7 +50,7 @@ COMPARED = ("l2", "pearson_control", "pearson_perturbed", "e_distance")
 """Metrics of the page of paired differences."""
 AGAINST = ("additive", "matching mean", "elastic net")
 """Baselines that every method is compared with, double by double."""
-OURS = tuple(f"{name} (" for name in ("sVAE+ (ours)", EPISTASIS, CDAG))
+OURS = tuple(f"{name} (" for name in ("sVAE+ (ours)", EPISTASIS, CDAG, CDAG_EPISTASIS))
 """How methods begin that are compared with every other one as well."""
 
 

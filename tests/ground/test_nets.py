@@ -8,7 +8,6 @@ from pyro_causalcell.nets import (
     Decoder,
     Encoder,
     MaskedLinear,
-    combined,
     straight_through,
     with_interactions,
 )
@@ -100,21 +99,6 @@ def test_interactions_are_products_of_their_targets():
     assert with_interactions(u_np, ()) is u_np
     wide = with_interactions(u_np, ((0, 1), (0, 2)))
     assert wide[:, 3].tolist() == [0, 1, 0, 1] and wide[:, 4].tolist() == [1, 0, 0, 0]
-
-
-def test_a_target_takes_its_share_of_what_the_others_do_and_nothing_of_its_own():
-    u_np = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 1, 1]])
-    gate_pk, shift_pk = torch.tensor([[1.0], [0.5], [1.0]]), torch.tensor([[2.0], [4.0], [-1.0]])
-    masked_pk = torch.tensor([[0.25], [1.0], [0.0]])  # the second leaves nothing of the others
-    loc_nk, var_nk = combined(u_np, gate_pk, shift_pk, masked_pk)
-    expected = [0.0, 2.0, 2.0, 0.75 * 2.0, 0.75 * 2.0]
-    torch.testing.assert_close(loc_nk.squeeze(1), torch.tensor(expected), atol=0.01, rtol=0)
-    torch.testing.assert_close(
-        var_nk.squeeze(1), torch.tensor([0.0, 0, 4, 0.75**2 * 4, 0.75**2 * 4]), atol=0.01, rtol=0
-    )
-    plain, unmasked = combined(u_np, gate_pk, shift_pk), combined(u_np, gate_pk, shift_pk, 0 * masked_pk)
-    torch.testing.assert_close(plain, unmasked)
-    assert plain[0].squeeze(1).tolist() == [0, 2, 2, 4, 3]
 
 
 def test_straight_through_draws_binary_gates_per_cell():

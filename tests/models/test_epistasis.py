@@ -30,14 +30,19 @@ def screen() -> Screen:
     return Screen(ad.AnnData(rng.poisson(np.exp(log_mean_ng)).astype(np.float32), obs, genes), control="ctrl")
 
 
-def _fitted(screen: Screen, **settings: object) -> Fit:
+FAMILIES = {"sparse-shift": {"n_latents": 4}, "weight-variant-scm": {"n_invariant": 1, "n_responsive": 3}}
+
+
+def _fitted(family: str, screen: Screen, **settings: object) -> Fit:
     split = held_out_combinations(screen, HELD, seed=0)
-    shared = {"n_latents": 4, "n_hidden": 32, "epochs": 80, "warm_start": 30, "batch_size": 64, "lr": 5e-3}
-    return fit("sparse-shift", None, screen, split=split, seed=0, progress=False, **shared, **settings)
+    shared = {"n_hidden": 32, "epochs": 80, "warm_start": 30, "batch_size": 64, "lr": 5e-3, "seed": 0}
+    own = FAMILIES[family]
+    return fit(family, None, screen, split=split, progress=False, **shared, **own, **settings)
 
 
-def test_what_masks_in_one_double_is_expected_to_mask_in_another(screen):
-    run, plain = _fitted(screen, epistasis=True), _fitted(screen)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_masks_in_one_double_is_expected_to_mask_in_another(screen, family):
+    run, plain = _fitted(family, screen, epistasis=True), _fitted(family, screen)
     measured = {name: _rise(screen.adata[screen.adata.obs["target"] == name]) for name in [*HELD, "A3"]}
     assert measured["A3+Q"] < 0.1 < 1.0 < measured["A3+B"]
     missed = {
