@@ -45,7 +45,8 @@ class WeightVariantSCMGuide(PyroModule):
 
     Args:
         n_genes, n_targets, n_batches, target_cells, n_embedding: sizes of the screen.
-        n_invariant, n_responsive, likelihood, gates, edges, alters, centred, rank: as in the model.
+        n_invariant, n_responsive, likelihood, gates, edges, alters, centred, rank, epistasis: as in the
+            model.
         alignment: See above.
         alpha: α, nats per cell.
         intervention: How the perturbation enters q(z_v): ``"ignored"``, ``"input"`` (h = u), or ``"prior"``

@@ -111,7 +111,9 @@ class WeightVariantSCM(PyroModule):
     this project's.
     """
 
-    site_dims = dict.fromkeys(("gate_rate", "gate", "shift", "log_scale"), ("perturbation", "responsive")) | {
+    site_dims = dict.fromkeys(
+        ("gate_rate", "gate", "shift", "log_scale", "epistasis"), ("perturbation", "responsive")
+    ) | {
         "edge": ("responsive", "programme"),
         "weight": ("perturbation", "responsive", "programme"),
         "loading": ("perturbation", "component"),

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from pyro_causalcell.data import Screen, held_out_combinations
+from pyro_causalcell.evaluate import to_inference_data
 from pyro_causalcell.inference import Fit, fit
 from pyro_causalcell.predict import graph, predict
 
@@ -56,6 +57,10 @@ def test_what_masks_in_one_double_is_expected_to_mask_in_another(screen, family)
     share = edges["masks"].xs(raised, level="programme")
     assert share["Q"] > 0.6 and share[["A1", "A2", "A3", "B"]].max() < 0.2
     assert "masks" not in graph(plain)
+    posterior = to_inference_data(run, screen, np.arange(4), n_samples=2).posterior
+    last = {"sparse-shift": "programme", "weight-variant-scm": "responsive"}[family]
+    assert posterior["epistasis"].dims == ("chain", "draw", "perturbation", last)
+    assert float(posterior["epistasis"].sel({"perturbation": "Q", last: raised}).mean()) > 0.6
 
 
 def _rise(cells: ad.AnnData) -> float:
