@@ -42,7 +42,15 @@ from pyro_causalcell.studies.combination_jobs import (
     score_job,
     subset_screen,
 )
-from pyro_causalcell.studies.runner import Executor, Job, finished, run_jobs, summarise, write_table
+from pyro_causalcell.studies.runner import (
+    Executor,
+    Job,
+    differences_table,
+    finished,
+    run_jobs,
+    summarise,
+    write_table,
+)
 
 __all__ = ["PAPER", "jobs_of_norman", "jobs_of_simulated", "run_norman", "run_simulated"]
 
@@ -348,34 +356,21 @@ def _by_kind(scores: pd.DataFrame, kinds: pd.DataFrame) -> pd.DataFrame:
 def _differences_page(differences: pd.DataFrame) -> str:
     """Differences in Markdown: bold where the 95 % interval is on the better side of zero."""
     shown = differences[differences["metric"].isin(COMPARED)]
+    shown_as = {metric: METRICS[metric] for metric in COMPARED}
     against = shown[shown["reference"].isin(AGAINST)]
     parts = [
-        _differences_table(block, f"{setting}: difference from {reference}", "method")
+        differences_table(block, _title(block, f"{setting}: difference from {reference}"), "method", shown_as)
         for (setting, reference), block in against.groupby(["setting", "reference"], sort=False)
     ]
     ours = shown[shown["method"].str.startswith(OURS) & shown["method"].str.endswith(RESIDUALS)]
     parts += [
-        _differences_table(block, f"{setting}: difference of {method} from each", "reference")
+        differences_table(
+            block, _title(block, f"{setting}: difference of {method} from each"), "reference", shown_as
+        )
         for (setting, method), block in ours.groupby(["setting", "method"], sort=False)
     ]
     return "\n".join(["", *parts]) + "\n"
 
 
-def _differences_table(block: pd.DataFrame, title: str, row: str) -> str:
-    n = int(block["n_conditions"].max())
-    lines = [
-        f"\n### {title}, {n} conditions, 95 % interval\n",
-        f"| {row} | " + " | ".join(METRICS[m] for m in COMPARED) + " |",
-        "|---" * (len(COMPARED) + 1) + "|",
-    ]
-    for name, rows in block.groupby(row, sort=False):
-        by_metric = rows.set_index("metric")
-        cells = [_interval(by_metric.loc[m]) if m in by_metric.index else "–" for m in COMPARED]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _interval(row: pd.Series) -> str:
-    text = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-    clear = row["better"] and abs(row["difference"]) >= 5e-4  # not a difference of rounding
-    return f"**{text}**" if clear else text
+def _title(block: pd.DataFrame, title: str) -> str:
+    return f"{title}, {int(block['n_conditions'].max())} conditions, 95 % interval"

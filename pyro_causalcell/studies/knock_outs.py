@@ -41,6 +41,7 @@ from pyro_causalcell.studies.runner import (
     Job,
     Scores,
     chosen_methods,
+    differences_table,
     finished,
     run_jobs,
     summarise,
@@ -636,22 +637,10 @@ def _differences(scores: pd.DataFrame) -> pd.DataFrame:
 
 def _differences_page(differences: pd.DataFrame) -> str:
     """Differences in Markdown: bold where the 95 % interval is on the better side of zero."""
+    shown_as = {metric: METRICS[metric] for metric in COMPARED}
     parts = []
     for setting, block in differences.groupby("setting", sort=False):
         n = int(block["n_conditions"].max())
-        lines = [
-            f"\n### {setting}: ours less each other method, {n} knock-outs, 95 % interval, bold if better\n",
-            "| from | " + " | ".join(METRICS[metric] for metric in COMPARED) + " |",
-            "|---" * (len(COMPARED) + 1) + "|",
-        ]
-        for reference, rows in block.groupby("reference", sort=False):
-            by_metric = rows.set_index("metric")
-            cells = [_words(by_metric.loc[m]) if m in by_metric.index else "–" for m in COMPARED]
-            lines.append(f"| {reference} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
+        title = f"{setting}: ours less each other method, {n} knock-outs, 95 % interval, bold if better"
+        parts.append(differences_table(block.rename(columns={"reference": "from"}), title, "from", shown_as))
     return "\n".join(["", *parts]) + "\n"
-
-
-def _words(row: pd.Series) -> str:
-    text = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-    return f"**{text}**" if row["better"] else text

@@ -30,6 +30,7 @@ __all__ = [
     "Paper",
     "chosen_jobs",
     "chosen_methods",
+    "differences_table",
     "finished",
     "in_order",
     "markdown",
@@ -426,3 +427,27 @@ def _cell(row: pd.Series) -> str:
     if pd.notna(row["sd"]):
         text += f" ± {row['sd']:.{digits}f}"
     return text if pd.isna(row["paper"]) else f"{text} ({row['paper']:g})"
+
+
+def differences_table(block: pd.DataFrame, title: str, row: str, metrics: Mapping[str, str]) -> str:
+    """Paired differences in Markdown, with intervals; bold where they are on the better side of zero.
+
+    Args:
+        block: Columns metric, difference, low, high, better, and that of ``row``.
+        title: Heading.
+        row: Column whose values make the rows.
+        metrics: Columns of the table, with their headings.
+    """
+    lines = [f"\n### {title}\n", f"| {row} | " + " | ".join(metrics.values()) + " |"]
+    lines.append("|---" * (len(metrics) + 1) + "|")
+    for name, rows in block.groupby(row, sort=False):
+        by_metric = rows.set_index("metric")
+        cells = [_interval(by_metric.loc[m]) if m in by_metric.index else "–" for m in metrics]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _interval(row: pd.Series) -> str:
+    text = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+    clear = row["better"] and abs(row["difference"]) >= 5e-4  # not a difference of rounding
+    return f"**{text}**" if clear else text
