@@ -133,13 +133,12 @@ class SparseShiftGuide(PyroModule):
         """q(π) q(γ) q(μ | γ), and the mean of p(z | u) that they give, shape n, k."""
         if self.gates in ("closed", "sampled"):
             return batch.u_np.new_zeros(len(batch.u_np), self.n_latents)
-        loc_pk, scale_pk, gate_pk = self.shift_loc, self.shift_scale, torch.ones_like(self.shift_loc)
-        phi_pk = torch.sigmoid(self.gate_logit) if self.gates == "posterior" else gate_pk
-        described = hasattr(self, "embedding_pe")
+        loc_pk, scale_pk, described = self.shift_loc, self.shift_scale, hasattr(self, "embedding_pe")
+        logit_pk = self.gate_logit if self.gates == "posterior" else None
+        gate_pk = phi_pk = torch.ones_like(loc_pk) if logit_pk is None else torch.sigmoid(logit_pk)
         if described:
             loc_pk, scale_pk, expected_pk = self.shift_map(self.embedding_pe, phi_pk, loc_pk, scale_pk)
-        if self.gates == "posterior":
-            logit_pk = self.gate_logit
+        if logit_pk is not None:
             if described:
                 logit_pk = self.gate_curve(expected_pk**2, logit_pk)
                 loc_pk = self.gate_curve.where_open(loc_pk, logit_pk)

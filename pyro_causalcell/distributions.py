@@ -1,7 +1,7 @@
 """Distributions the generative processes are written with."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, Literal, get_args
 
@@ -279,8 +279,15 @@ class _NBLogProb(torch.autograd.Function):
             log_odds = log_mean - theta.log()
             by_log_mean = x * torch.sigmoid(-log_odds) - theta * torch.sigmoid(log_odds)
             by_theta = slopes - softplus(log_odds) - by_log_mean / theta
-        theta_grad = (grad * by_theta).sum_to_size(theta.shape) if wanted[0] else None
+        theta_grad = _summed_as(grad * by_theta, theta) if wanted[0] else None
         return None, theta_grad, (grad * by_log_mean).sum_to_size(log_mean.shape) if wanted[1] else None
+
+
+def _summed_as(value: Tensor, theta: Tensor) -> Tensor:
+    """Summed to the shape of θ. For a sum over cells a compiler would work the values out again."""
+    if value.dim() == 2 and theta.dim() == 1:
+        return (value.new_ones(1, len(value)) @ value).sum_to_size(1, len(theta)).squeeze(0)
+    return value.sum_to_size(theta.shape)
 
 
 def _has_fixed_operations(x: Tensor, differentiable: bool) -> bool:
@@ -289,9 +296,15 @@ def _has_fixed_operations(x: Tensor, differentiable: bool) -> bool:
 
 
 def _with_mean(
-    counts: Tensor, slopes: Tensor | None, x: Tensor, theta: Tensor, log_mean: Tensor, wanted: bool
+    counts: Tensor,
+    slopes: Tensor | None,
+    x: Tensor,
+    theta: Tensor,
+    log_mean: Tensor,
+    wanted: bool,
+    out: Sequence[Tensor | None] = (None, None, None),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """log NB from its terms in x and θ; its gradients in log mean and θ.
+    """log NB from its terms in x and θ; its gradients in log mean and θ. Written to ``out``, where given.
 
     With o = log m − log θ: log NB = counts − θ softplus(o) − x softplus(−o), and ∂ log NB / ∂ log m =
     x sigmoid(−o) − θ sigmoid(o). One term for each side: θ log θ − (x + θ) log(θ + m) would cancel digits
@@ -302,17 +315,18 @@ def _with_mean(
     if not wanted:
         log_sum = log_odds.abs().neg_().exp_().log1p_()
         above = log_odds.neg_().add_(below)
-        log_prob = (x + theta).mul(log_sum).neg_().add_(counts).addcmul_(theta, above).addcmul_(x, below)
-        return log_prob, None, None
+        log_prob = torch.addcmul(counts, x + theta, log_sum, value=-1, out=out[0])
+        return log_prob.addcmul_(theta, above).addcmul_(x, below), None, None
     above = below - log_odds
     x_share, theta_share = above.exp(), below.exp()  # sigmoids of −o and o, times 1 + exp(−|o|)
     both = x_share * theta_share
     log_sum = both.log1p()
-    log_prob = (x + theta).mul(log_sum).neg_().add_(counts).addcmul_(theta, above).addcmul_(x, below)
-    by_log_mean = x_share.mul_(x).addcmul_(theta, theta_share, value=-1).div_(both.add_(1))
+    less_x, less_theta = below - log_sum, torch.sub(above, log_sum, out=out[2])  # softplus of −o and o, negated
+    log_prob = torch.addcmul(counts, theta, less_theta, out=out[0]).addcmul_(x, less_x)
+    by_log_mean = torch.mul(x_share, x, out=out[1]).addcmul_(theta, theta_share, value=-1).div_(both.add_(1))
     if slopes is None:
         return log_prob, by_log_mean, None
-    return log_prob, by_log_mean, above.sub_(log_sum).addcdiv_(by_log_mean, theta, value=-1).add_(slopes)
+    return log_prob, by_log_mean, less_theta.addcdiv_(by_log_mean, theta, value=-1).add_(slopes)
 
 
 def _gamma_terms(x: Tensor, theta: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
@@ -391,7 +405,7 @@ def _by_table(
     log_mean_sng = log_mean.reshape(-1, *x_ng.shape)
     rows, cell_m, gene_m = _large(x_ng)
     tables = _tables(theta_g, rows, by_theta)
-    outputs = [torch.empty_like(log_mean_sng) for want in (True, wanted, by_theta) if want]
+    outputs = [torch.empty_like(log_mean_sng) if want else None for want in (True, wanted, by_theta)]
     genes_g = torch.arange(n_genes, device=x.device, dtype=torch.int32)
     at_once = AT_ONCE if x.device.type == "cpu" else log_mean.numel()  # a GPU wants few, large calls
     n_at_once = max(1, at_once // n_genes)
@@ -405,17 +419,17 @@ def _by_table(
         s_at_once = max(1, at_once // block_ng.numel())
         for first in range(0, len(log_mean_sng), s_at_once):
             place = (slice(first, first + s_at_once), here)
-            found = _with_mean(counts_ng, slopes_ng, block_ng, theta_g, log_mean_sng[place], wanted)
-            for output, part in zip(outputs, filter(torch.is_tensor, found), strict=True):
-                output[place] = part
+            out = [None if output is None else output[place] for output in outputs]
+            _with_mean(counts_ng, slopes_ng, block_ng, theta_g, log_mean_sng[place], wanted, out)
     if len(cell_m):
         exact = _gamma_terms(x_ng[cell_m, gene_m], theta_g[gene_m], by_theta)
-        for output, table, value_m in zip(outputs[:: 2 if by_theta else 1], tables, exact, strict=False):
-            assert value_m is not None
+        for output, table, value_m in zip(outputs[::2], tables, exact, strict=False):
+            assert output is not None and value_m is not None
             from_table_m = table.view(rows, n_genes)[-1, gene_m]
             output[:, cell_m, gene_m] += value_m - from_table_m
-    shaped = [output.view(log_mean.shape) for output in outputs]
-    return shaped[0], shaped[1] if wanted else None, shaped[2] if by_theta else None
+    log_prob, *slopes = [None if output is None else output.view(log_mean.shape) for output in outputs]
+    assert log_prob is not None
+    return log_prob, slopes[0], slopes[1]
 
 
 def _large(x_ng: Tensor) -> tuple[int, Tensor, Tensor]:

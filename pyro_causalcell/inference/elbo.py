@@ -142,7 +142,7 @@ def _scaled(msg: Message, term: Tensor) -> Tensor:
         term = torch.where(mask, term, 0.0)
     if isinstance(scale, Tensor):  # may differ between the elements
         return (scale * term).sum()
-    total = term.sum()
+    total = term.sum() if term.dim() else term
     return total if scale == 1.0 else scale * total
 
 

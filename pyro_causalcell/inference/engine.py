@@ -291,7 +291,14 @@ def _place(error: BaseException, pair: Pair) -> str:
 
 @torch.library.impl(_OPERATORS, "product", "CPU")
 def _product(left_nk: Tensor, right_kg: Tensor, bias_g: Tensor | None) -> Tensor:
-    """left @ right + bias by oneDNN, which is very slow where the matrix on the right has gaps."""
+    """left @ right + bias by oneDNN, which is very slow where the matrix on the right has gaps.
+
+    It copies a left matrix that is the transpose of one in memory: where the right one is smaller, that is
+    put on the left instead.
+    """
+    turned = left_nk.shape[0] > right_kg.shape[1] and left_nk.t().is_contiguous() and bias_g is None
+    if turned and right_kg.is_contiguous():
+        return _product(right_kg.t(), left_nk.t(), None).t().contiguous()
     if not (right_kg.is_contiguous() or right_kg.t().is_contiguous()):
         right_kg = right_kg.contiguous()
     product: Tensor = torch.ops.mkldnn._linear_pointwise(left_nk, right_kg.t(), bias_g, "none", [], "")

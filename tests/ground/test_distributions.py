@@ -201,9 +201,9 @@ def _count_exact_calls(monkeypatch) -> list[tuple[int, ...]]:
     shapes = []
     with_mean = distributions._with_mean
 
-    def spy(counts, slopes, x, theta, log_mean, wanted):
+    def spy(counts, slopes, x, theta, log_mean, *rest):
         shapes.append(tuple(log_mean.shape))
-        return with_mean(counts, slopes, x, theta, log_mean, wanted)
+        return with_mean(counts, slopes, x, theta, log_mean, *rest)
 
     monkeypatch.setattr(distributions, "_with_mean", spy)
     return shapes

@@ -167,7 +167,7 @@ def test_the_default_pair_learns_alike(here: Path, said: list[dict[str, Any]]) -
     alone = fit("sparse-shift", None, screen, progress=False, device="cpu", **KEPT).history
     train, validation = np.array(said[0]["default"]).T  # other draws, other BatchNorm statistics
     np.testing.assert_allclose(train, alone["train_loss"], rtol=0.015)
-    np.testing.assert_allclose(validation, alone["validation_loss"], rtol=0.04)
+    np.testing.assert_allclose(validation, alone["validation_loss"], rtol=0.06)
 
 
 def test_a_resumed_run_is_the_same_run(said: list[dict[str, Any]]) -> None:
