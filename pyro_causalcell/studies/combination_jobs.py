@@ -128,7 +128,8 @@ class Effort(NamedTuple):
     Attributes:
         epochs: Of every fit; None trains until the validation ELBO stops improving.
         n_drawn: Cells behind each predicted mean.
-        n_cells: Measured and predicted cells of a condition, for distances.
+        n_cells: Measured and predicted cells of a condition, at most, for distances. Two draws of 100 from
+            one fit differ by as much as methods do.
         sizes: Numbers of programmes.
         screen: Arguments of ``simulate.combination_screen``.
     """
@@ -159,7 +160,7 @@ EFFORTS: dict[Size, Effort] = {
     "small": Effort(
         epochs=None,
         n_drawn=5000,
-        n_cells=100,
+        n_cells=1000,
         sizes=(20,),
         screen={
             "n_targets": 30,
@@ -171,7 +172,7 @@ EFFORTS: dict[Size, Effort] = {
     ),
     "full": Effort(epochs=None, n_drawn=1000, n_cells=200, sizes=SIZES, screen={}),
 }
-SUBSET = Effort(epochs=None, n_drawn=5000, n_cells=100, sizes=(10,), screen={})
+SUBSET = Effort(epochs=None, n_drawn=5000, n_cells=1000, sizes=(10,), screen={})
 """Of the subset of Norman 2019 in the package."""
 
 REGIMES = {"no double seen": "split_no_doubles", "half of the doubles seen": "split_half_doubles"}
