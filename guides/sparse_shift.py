@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from pyro_causalcell.batch import Batch, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, MeanFieldGate
 from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets
-from pyro_causalcell.epistasis import MaskingGuide, combined
+from pyro_causalcell.epistasis import EpistasisGuide, combined
 from pyro_causalcell.nets import Activation, Encoder, Network, Norm, with_interactions
 
 __all__ = ["SparseShiftGuide"]
@@ -37,7 +37,8 @@ class SparseShiftGuide(PyroModule):
     With embeddings, q(μ) and q(γ) of a target without training cells are their priors, given what the other
     targets say of the embeddings (``EffectMapGuide``, ``GateCurveGuide``).
 
-    With ``epistasis``, q(κ) is a point, the most likely value: one that no combination tells of is 0.
+    With ``epistasis``, q(κ) and q(s) are points, the most likely values: those that no combination tells of
+    are 0.
 
     The cell's intervention may enter q(z): ``intervention="ignored"`` (as the authors' code),
     ``"input"`` (the design is appended to the encoder's input, as the paper's formula), or ``"prior"``
@@ -84,9 +85,7 @@ class SparseShiftGuide(PyroModule):
         rate_site = "gate_curve" if described else "edge_rate"
         self.gate_sites = (rate_site, "gate", "min_effect") if gates == "posterior" else ()
         shape = (n_targets + len(self.interactions), n_latents)
-        self.epistasis = epistasis
-        if epistasis:
-            self.masking = MaskingGuide(*shape)
+        self.epistasis = EpistasisGuide(*shape) if epistasis else None
         if gates == "posterior":
             self.gate_logit = PyroParam(torch.full(shape, 2.0))
         if gates in ("posterior", "open"):
@@ -150,16 +149,16 @@ class SparseShiftGuide(PyroModule):
         slab = GatedNormal(gate_pk, loc_pk, scale_pk)
         shift_pk = pyro.sample("shift", slab.to_event(2))  # q(μ | γ)
         u_np = with_interactions(batch.u_np, self.interactions)
-        if not self.epistasis:
+        if self.epistasis is None:
             return u_np @ (gate_pk * shift_pk)
-        return combined(u_np, gate_pk, shift_pk, self.masking())[0]  # q(κ)
+        return combined(u_np, gate_pk, shift_pk, self.epistasis())[0]  # q(κ) q(s)
 
     def hold_gates_open(self, held: bool) -> None:
         """Fix all gates open (the warm start), or let them be learned."""
         self.gates_held = held
         self.gate_logit.requires_grad_(not held)
-        if self.epistasis:
-            self.masking.requires_grad_(not held)
+        if self.epistasis is not None:
+            self.epistasis.requires_grad_(not held)
         if held:
             self.gate_logit.data.fill_(10.0)
 

@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from pyro_causalcell.batch import Batch, Mechanisms, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, MeanFieldGate
 from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets, squared_size
-from pyro_causalcell.epistasis import MaskingGuide, combined
+from pyro_causalcell.epistasis import EpistasisGuide, combined
 from pyro_causalcell.nets import Activation, Encoder, Norm, encoded_together
 from pyro_causalcell.penalties import alignment as align_pairs
 from pyro_causalcell.penalties import mmd_by_group, sliced_wasserstein
@@ -96,9 +96,7 @@ class WeightVariantSCMGuide(PyroModule):
         can_turn = centred and gates == "posterior" and set(alters) == {"shift", "scale", "weight"}
         self.gate_sites = tuple(sorted(held | ({"align"} & self.aligned_sites()))) if can_turn else ()
         n_programmes = n_invariant + n_responsive
-        self.epistasis = epistasis
-        if epistasis:
-            self.masking = MaskingGuide(n_targets, n_responsive)
+        self.epistasis = EpistasisGuide(n_targets, n_responsive) if epistasis else None
         if gates == "posterior":
             self.gate_logit = PyroParam(torch.full((n_targets, n_responsive), 2.0))
         if edges == "posterior":
@@ -185,8 +183,8 @@ class WeightVariantSCMGuide(PyroModule):
             slab = GatedNormal(torch.ones_like(self.weight_loc), *parts["weight"])
             pyro.sample("loading", slab.to_event(2))
         moved_nv = batch.u_np @ (gate_pv * shift_pv)
-        if self.epistasis:
-            moved_nv, _ = combined(batch.u_np, gate_pv, shift_pv, self.masking())  # q(κ)
+        if self.epistasis is not None:
+            moved_nv, _ = combined(batch.u_np, gate_pv, shift_pv, self.epistasis())  # q(κ) q(s)
         return torch.zeros_like(moved_nv) if self.gates_held else moved_nv
 
     def parts(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
@@ -230,8 +228,8 @@ class WeightVariantSCMGuide(PyroModule):
     def hold_gates_open(self, held: bool) -> None:
         """Fix all gates and edges open (the warm start), or let them be learned."""
         self.gates_held = held
-        if self.epistasis:
-            self.masking.requires_grad_(not held)
+        if self.epistasis is not None:
+            self.epistasis.requires_grad_(not held)
         for name in ("gate_logit", "edge_logit"):
             if hasattr(self, name):
                 logit = getattr(self, name)

@@ -18,7 +18,7 @@ from pyro_causalcell.distributions import (
     spread,
 )
 from pyro_causalcell.embeddings import expected_effects, expected_gates, where_open
-from pyro_causalcell.epistasis import combined, masking
+from pyro_causalcell.epistasis import combined, sample_epistasis
 from pyro_causalcell.nets import Activation, Decoder, Network, Norm, straight_through, with_interactions
 from pyro_causalcell.penalties import beta_sparsity, edge_cost
 
@@ -71,9 +71,10 @@ class SparseShift(PyroModule):
     ======  =============  ======  ====================================================================
 
     Shifts of several targets in one cell add. With ``epistasis`` one target may mask another: p takes a share
-    κ_pk (``epistasis``, p, k) of what the other targets of its cell do to programme k (see
-    ``pyro_causalcell.epistasis``). Only cells with several targets tell of it: what masks in one combination
-    is expected to mask in others.
+    κ_pk (``epistasis``, p, k) of what the other targets of its cell do to programme k. And shifts of one
+    direction may saturate, by one number for all (``saturation``): see ``pyro_causalcell.epistasis``. Only
+    cells with several targets tell of both: what masks or saturates in some combinations is expected to do
+    so in others.
 
     ``gates`` chooses the member of the family:
 
@@ -105,7 +106,7 @@ class SparseShift(PyroModule):
         alpha: Beta shape, or weight of the L1 penalty; the number of targets when left out.
         sparsity: Penalty of ``gates="sampled"``.
         interactions: Pairs of targets that get a gated shift of their own in cells that carry both.
-        epistasis: Whether a target may mask what others do, see above.
+        epistasis: Whether a target may mask what others do, and shifts saturate, see above.
         network: ``"mlp"``, or ``"image"`` where x are the pixels (y, x, rgb) of an image.
         n_hidden, n_layers, norm, activation: of the decoder.
 
@@ -178,14 +179,14 @@ class SparseShift(PyroModule):
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""
         u_np = with_interactions(batch.u_np, self.interactions)
         gate_pk, shift_pk = self.edges(u_np, batch.n_total)
-        masked_pk = masking(gate_pk) if self.epistasis else None  # p(κ)
+        epistasis = sample_epistasis(gate_pk) if self.epistasis else None  # p(κ) p(s)
 
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             if self.gates == "sampled":
                 loc_nk = straight_through(u_np, gate_pk, shift_pk)
                 var_nk = torch.zeros_like(loc_nk)
             else:
-                loc_nk, var_nk = combined(u_np, gate_pk, shift_pk, masked_pk)
+                loc_nk, var_nk = combined(u_np, gate_pk, shift_pk, epistasis)
             z_nk = pyro.sample("z", UncertainMeanNormal(loc_nk, var_nk).to_event(1))  # p(z | γ, μ, u)
             x = pyro.sample("x", self.measurement(z_nk, batch).to_event(1), obs=batch.x_ng)  # p(x | z)
             return x

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_causalcell.batch import Batch, carried
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, LinearSCM, measurement, spread
 from pyro_causalcell.embeddings import expected_effects, expected_gates, squared_size, where_open
-from pyro_causalcell.epistasis import masked_doses, masking
+from pyro_causalcell.epistasis import Epistasis, masked_doses, pooled, sample_epistasis
 from pyro_causalcell.nets import Activation, Decoder, Norm
 from pyro_causalcell.penalties import edge_cost
 
@@ -96,8 +96,8 @@ class WeightVariantSCM(PyroModule):
         centred: Whether z_v is the latent; otherwise its noise n_v is (site ``innovation``), which needs
             open gates and edges.
         rank: Rank of the weights over perturbations, for many targets; None leaves them free.
-        epistasis: Whether a target may mask what other targets of the cell change about a programme (see
-            ``pyro_causalcell.epistasis``).
+        epistasis: Whether a target may mask what other targets of the cell change about a programme, and
+            shifts of one direction saturate (see ``pyro_causalcell.epistasis``).
         min_effect: Smallest change worth a gate, in standard deviations of a programme.
         min_weight: Smallest weight worth an edge, over the cells whose mechanism is changed.
         shift_scale: τ.
@@ -192,12 +192,12 @@ class WeightVariantSCM(PyroModule):
         expected = self.expected()
         gate_pv, edge_vk, expected = self.structure(expected)
         changes = self.changes(gate_pv, edge_vk, expected)
-        masked_pv = masking(gate_pv) if self.epistasis else None  # p(κ)
+        epistasis = sample_epistasis(gate_pv) if self.epistasis else None  # p(κ) p(s)
 
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             z_nl = pyro.sample("z_invariant", self.background(batch.u_np))  # p(z_l)
             held = carried(batch.u_np, batch.most if self.training else None)
-            p_z_nv = self.mechanisms(held, z_nl, gate_pv, edge_vk, *changes, masked_pv)
+            p_z_nv = self.mechanisms(held, z_nl, gate_pv, edge_vk, *changes, epistasis)
             z_nv = self.responsive(p_z_nv)  # p(z_v | z_l, u)
             z_nk = torch.cat([z_nl.expand(*z_nv.shape[:-1], -1), z_nv], -1)
             output_ng = self.decoder(z_nk, batch.batch_nb)
@@ -278,7 +278,7 @@ class WeightVariantSCM(PyroModule):
         shift_pv: Tensor,
         log_scale_pv: Tensor,
         weight_pvk: Tensor,
-        masked_pv: Tensor | None = None,
+        epistasis: Epistasis | None = None,
     ) -> LinearSCM:
         """p(z_v | z_l, u), exact for binary gates; for probabilities its expectation over them.
 
@@ -287,7 +287,7 @@ class WeightVariantSCM(PyroModule):
         at the targets m that it holds (``carried``) alone: all of them would take n, p, v, k.
         """
         n_l, (target_nm, dose_nmv) = self.n_invariant, held
-        parts = [gate_pv, shift_pv, log_scale_pv, *([] if masked_pv is None else [masked_pv])]
+        parts = [gate_pv, shift_pv, log_scale_pv, *([] if epistasis is None else [epistasis.masked_pk])]
         # one table: its rows are picked at once
         table_pvj = torch.cat([*(part.unsqueeze(-1) for part in parts), weight_pvk], -1)
         rows_nmvj = table_pvj.index_select(0, target_nm.flatten()).unflatten(0, target_nm.shape)
@@ -304,7 +304,8 @@ class WeightVariantSCM(PyroModule):
         if not self.anchored:
             mean_nvk = mean_nvk + self.weight_vk
         weight_nvk = mean_nvk * edge_vk
-        loc_nv = (given_nmv * shift_nmv).sum(1)
+        moved_nmv = given_nmv * shift_nmv
+        loc_nv = moved_nmv.sum(1) if epistasis is None else pooled(moved_nmv, epistasis.power)
         loc_nv = loc_nv + torch.einsum("nij,...nj->...ni", weight_nvk[..., :n_l], z_nl)
         slack = None
         if self.training and "posterior" in (self.gates, self.edges):

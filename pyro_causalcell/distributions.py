@@ -321,7 +321,10 @@ def _with_mean(
     x_share, theta_share = above.exp(), below.exp()  # sigmoids of −o and o, times 1 + exp(−|o|)
     both = x_share * theta_share
     log_sum = both.log1p()
-    less_x, less_theta = below - log_sum, torch.sub(above, log_sum, out=out[2])  # softplus of −o and o, negated
+    less_x, less_theta = (
+        below - log_sum,
+        torch.sub(above, log_sum, out=out[2]),
+    )  # softplus of −o and o, negated
     log_prob = torch.addcmul(counts, theta, less_theta, out=out[0]).addcmul_(x, less_x)
     by_log_mean = torch.mul(x_share, x, out=out[1]).addcmul_(theta, theta_share, value=-1).div_(both.add_(1))
     if slopes is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_causalcell.batch import Batch
+from pyro_causalcell.epistasis import MASKING, SATURATION
 from pyro_causalcell.errors import PredictionError
 from pyro_causalcell.inference import Fit
 from pyro_causalcell.inference.posterior import encode, global_sites
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-OF_OTHERS = {"cut": "cut", "masks": "epistasis"}
+OF_OTHERS = {"cut": "cut", "masks": MASKING}
 """Columns of ``graph`` that some models add -> their sites."""
 
 
@@ -106,7 +107,8 @@ def graph(fit: Fit) -> pd.DataFrame:
         ``effect`` (posterior mean of the shift where it is, in standard deviations of a control
         programme) and ``effect_sd``. Models in which a perturbation may cut a programme off its parents add
         ``cut``, the probability that it does; their shift is that of one step. With ``epistasis`` there is
-        ``masks``: the share of what other targets of a cell do to the programme that this one takes away.
+        ``masks``: the share of what other targets of a cell do to the programme that this one takes away; and
+        ``attrs["saturation"]`` is s of ``pyro_causalcell.epistasis``: two equal shifts make 2^(1 / (1 + s)).
         Programmes that no perturbation may act on have no rows.
 
     Raises:
@@ -129,7 +131,10 @@ def graph(fit: Fit) -> pd.DataFrame:
     columns = {"probability": probability_pk, "effect": effect_pk, "effect_sd": sd_pk}
     columns |= {name: sites[site].mean for name, site in OF_OTHERS.items() if site in sites}
     values = {name: value.detach().cpu().numpy().ravel() for name, value in columns.items()}
-    return pd.DataFrame(values, index=rows).reset_index()
+    table = pd.DataFrame(values, index=rows).reset_index()
+    if SATURATION in sites:
+        table.attrs[SATURATION] = float(sites[SATURATION].mean)
+    return table
 
 
 def mechanism_graph(fit: Fit) -> pd.DataFrame:

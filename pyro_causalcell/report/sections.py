@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pyro_causalcell import plot
 from pyro_causalcell.baselines import Comparison, average_conditions
 from pyro_causalcell.baselines.compare import CEILING, FLOOR, MEASURES
+from pyro_causalcell.epistasis import SATURATION
 from pyro_causalcell.evaluate import Audit, Calibration
 from pyro_causalcell.report import html
 from pyro_causalcell.report.ranks import Ranks
@@ -122,6 +123,9 @@ def graph_section(graph: pd.DataFrame, *, over_time: bool = False) -> str:
         text += (
             " Masks: the share that it takes away of what other perturbations of a cell do to the programme."
         )
+    if SATURATION in graph.attrs:
+        of_two = 2 ** (1 / (1 + graph.attrs[SATURATION]))
+        text += f" Two perturbations with equal effects on a programme make {of_two:.2f} times one of them."
     rows = rows.rename(columns={"effect_sd": "effect s.d."})
     formats = {"probability": "{:.3f}".format, "effect": "{:+.2f}".format, "effect s.d.": "{:.2f}".format}
     formats |= dict.fromkeys(("cut", "masks"), "{:.3f}".format)

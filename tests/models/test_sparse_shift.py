@@ -162,7 +162,7 @@ def test_interactions_shift_cells_that_carry_both(batch):
 
 def test_epistasis_masks_what_other_targets_of_the_cell_do(batch):
     model = _model(epistasis=True)
-    edges = EDGES | {"gate": torch.ones(3, 4), "epistasis": torch.zeros(3, 4)}
+    edges = EDGES | {"gate": torch.ones(3, 4), "epistasis": torch.zeros(3, 4), "saturation": torch.zeros(())}
     edges["epistasis"][2, 0] = 0.75
     nodes = _trace(model, batch, **edges)
     loc_nk = nodes["z"]["fn"].base_dist.mean
