@@ -39,6 +39,7 @@ def assert_mistake(result: Any, *parts: str) -> None:
             ["graph", "run", "--uot", "G.csv", "--out", "G.csv"],
             ["unknown option --uot", "did you mean --out?"],
         ),
+        (["report", "run", "--data", "cells.h5ad", "--out", "R"], ["DATA is given without --data"]),
         (
             ["predict", "r", "--perturb", "A", "--out", "P", "--cells", "many"],
             ["whole number", "--cells", "'many'"],

@@ -211,3 +211,10 @@ def test_metrics_that_cannot_tell_methods_apart_get_no_calibrated_score():
     scores = pd.DataFrame(rows, columns=["method", "condition", "metric", "value"])
     text = sections.comparison_section(scores, "200 cells", seen=False)
     assert "Left out: RMSE (log1p CP10k)." in text and "RMSE (log1p CP10k)</td>" not in text
+
+
+def test_the_graph_says_how_far_shared_effects_saturate(graph):
+    graph = graph.assign(masks=0.1)
+    assert "make" not in sections.graph_section(graph)
+    graph.attrs["saturation"] = 1.0
+    assert "make 1.41 times one of them" in sections.graph_section(graph)
