@@ -13,7 +13,7 @@ pathway cuts it for whoever acts through it. In genetics this is masking epistas
 **Saturation.** Shifts of one direction do not add, but their powers do:
 
 .. math::
-    s \sim \mathrm{Exponential}(1), \qquad
+    s \sim \mathrm{Gamma}(2, 1), \qquad
     m_{nk} = \Big(\sum_p (d_{npk} \mu_{pk})_+^{1+s}\Big)^{\frac{1}{1+s}}
            - \Big(\sum_p (-d_{npk} \mu_{pk})_+^{1+s}\Big)^{\frac{1}{1+s}}
 
@@ -23,9 +23,11 @@ others.
 
 Only cells with several targets tell of κ and s. A model takes :func:`sample_epistasis`, and :func:`combined`
 or :func:`masked_doses` and :func:`pooled`; a guide owns an :class:`EpistasisGuide`, whose q is a point: where
-no combination tells, the mode of the prior, 0.
+no combination tells, the mode of the prior. That is 0 for κ and 1 for s: of two equal shifts in one programme
+1.4 times one is expected then, and the sum of shifts in different programmes.
 """
 
+import math
 from typing import NamedTuple
 
 import pyro
@@ -80,7 +82,7 @@ def sample_epistasis(like_pk: Tensor) -> Epistasis:
     """
     rarely = dist.Beta(torch.ones_like(like_pk), RARE)
     masked_pk = pyro.sample(MASKING, rarely.to_event(2))
-    return Epistasis(masked_pk, 1 + pyro.sample(SATURATION, dist.Exponential(like_pk.new_ones(()))))
+    return Epistasis(masked_pk, 1 + pyro.sample(SATURATION, dist.Gamma(like_pk.new_tensor(2.0), 1.0)))
 
 
 class EpistasisGuide(PyroModule):
@@ -93,7 +95,7 @@ class EpistasisGuide(PyroModule):
     def __init__(self, n_targets: int, n_programmes: int):
         super().__init__()
         self.masked_logit = PyroParam(torch.full((n_targets, n_programmes), -3.0 / STEP))
-        self.saturation_logit = PyroParam(torch.tensor(-4.0 / STEP))
+        self.saturation_logit = PyroParam(torch.tensor(-math.log(MOST - 1.0) / STEP))  # s = 1
 
     def forward(self) -> Epistasis:
         """Samples q(κ), shape p, k, and q(s)."""

@@ -56,8 +56,6 @@ REFERENCES = "references"
 INTERACTIONS, EPISTASIS = "sVAE+ (ours), interactions", "sVAE+ (ours), epistasis"
 CDAG, DAG = "cDAG-VAE (ours)", "DAG-VAE (ours)"
 CDAG_EPISTASIS = "cDAG-VAE (ours), epistasis"
-FROM_DOUBLES = (INTERACTIONS, EPISTASIS, CDAG_EPISTASIS)
-"""Methods that are another one where no double is seen in training."""
 HALF, MOSTLY = "cDAG-VAE (ours), half responsive", "cDAG-VAE (ours), mostly responsive"
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -26,9 +26,9 @@ from pyro_causalcell.studies.combination_jobs import (
     DAG,
     EFFORTS,
     EPISTASIS,
-    FROM_DOUBLES,
     GENE_SETS,
     HALF,
+    INTERACTIONS,
     METHODS,
     METRICS,
     MOSTLY,
@@ -177,8 +177,8 @@ def _rows(
         raise CausalCellError(f"unknown methods {unknown}; they are {list(METHODS)}")
     rows: list[tuple[str, dict[str, Any]]] = [(REFERENCES, {})]
     for name in METHODS if methods is None else methods:
-        if name in FROM_DOUBLES and not seen_doubles:
-            continue
+        if name == INTERACTIONS and not seen_doubles:
+            continue  # there are none to learn
         for size in sizes:
             if name in (HALF, MOSTLY) and size != max(SIZES):
                 continue

@@ -18,7 +18,6 @@ from pyro_causalcell.studies.combination_jobs import (
     CDAG,
     DAG,
     EFFORTS,
-    FROM_DOUBLES,
     HALF,
     INTERACTIONS,
     METHODS,
@@ -51,9 +50,7 @@ def test_grid_of_the_simulated_screen() -> None:
     jobs = jobs_of_simulated(size="full", seeds=2)
     assert len({job.key for job in jobs}) == len(jobs)
     by_regime = {s: {j.method for j in jobs if j.setting == s} for s in ("no double seen", SEEN)}
-    assert by_regime[SEEN] - by_regime["no double seen"] == {
-        f"{m} ({k})" for m in FROM_DOUBLES for k in SIZES
-    }
+    assert by_regime[SEEN] - by_regime["no double seen"] == {f"{INTERACTIONS} ({k})" for k in SIZES}
     assert {REFERENCES, "SAMS-VAE (35)", f"{CDAG} (105)", f"{HALF} (105)"} <= by_regime["no double seen"]
     assert f"{MOSTLY} (10)" not in by_regime[SEEN]  # the capacity is split at the paper's largest size
     small = jobs_of_simulated(methods=["CPA-VAE"], seeds=1)
