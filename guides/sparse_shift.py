@@ -37,8 +37,8 @@ class SparseShiftGuide(PyroModule):
     With embeddings, q(μ) and q(γ) of a target without training cells are their priors, given what the other
     targets say of the embeddings (``EffectMapGuide``, ``GateCurveGuide``).
 
-    With ``epistasis``, q(κ) and q(s) are points, the most likely values: those that no combination tells of
-    are 0.
+    With ``epistasis``, q(κ) and q(s) are points, the most likely values: where no combination tells, the
+    modes of the prior, 0 and 1.
 
     The cell's intervention may enter q(z): ``intervention="ignored"`` (as the authors' code),
     ``"input"`` (the design is appended to the encoder's input, as the paper's formula), or ``"prior"``
