@@ -28,6 +28,8 @@ from pyro_causalcell.plot.style import (
 __all__ = ["calibrated_scores", "compare_methods", "study_table"]
 
 _COLUMNS = 4
+FEW = 200
+"""Scores of a panel, conditions times methods, below which the axis shows all."""
 
 
 def compare_methods(
@@ -38,6 +40,8 @@ def compare_methods(
     ceiling: str = CEILING,
 ) -> Figure:
     """One panel a metric: a dot for every condition, the mean, and its 95 % bootstrap interval.
+
+    Where one in a hundred scores lies further out than the width of the others, the axis ends before it.
 
     Args:
         scores: Columns method, condition, metric, value (``Comparison.table``, or what
@@ -76,6 +80,7 @@ def compare_methods(
                 value_c = value_of.get((metric, method), np.empty(0))
                 _dots(ax, y, value_c[~np.isnan(value_c)], VERMILLION if method in highlight else BLUE, rng)
             ax.set(xlabel=_heading(metric), ylim=(len(methods) - 0.5, -0.5))
+            _cut(ax, [value_of.get((metric, method), np.empty(0)) for method in methods])
             ax.set_yticks(range(len(methods)), methods if j % n_columns == 0 else [""] * len(methods))
             ax.locator_params(axis="x", nbins=4)
             ax.grid(axis="x")
@@ -146,6 +151,25 @@ def _dots(ax: Axes, y: int, value_c: NDArray[np.float64], colour: str, rng: np.r
     means = rng.choice(value_c, (1000, len(value_c))).mean(1)
     ax.hlines(y, *np.quantile(means, [0.025, 0.975]), color=colour, linewidth=2.4)
     ax.plot(value_c.mean(), y, "o", color=colour, markersize=6.5, markeredgecolor="white")
+
+
+def _cut(ax: Axes, values_mc: Sequence[NDArray[np.float64]]) -> None:
+    """End the axis where few conditions lie far beyond all others; arrows at its end stand for them."""
+    value = np.concatenate(values_mc)
+    value = value[np.isfinite(value)]
+    if len(value) < FEW:
+        return
+    low, high = np.quantile(value, [0.005, 0.995])
+    left, right = max(value.min(), 2 * low - high), min(value.max(), 2 * high - low)
+    if left == value.min() and right == value.max():
+        return
+    edge = 0.05 * (right - left)
+    ax.set_xlim(left - edge, right + edge)
+    for end, marker, beyond in ((left - edge, "<", np.less), (right + edge, ">", np.greater)):
+        rows = [y for y, value_c in enumerate(values_mc) if beyond(value_c, end).any()]
+        arrows = ax.scatter([end] * len(rows), rows, s=20, marker=marker, color=GREY, clip_on=False)
+        arrows.set_in_layout(False)
+    ax.set_xlabel(f"{ax.get_xlabel()}\n(arrows: beyond the axis)")
 
 
 def study_table(table: pd.DataFrame, oracle: str = "oracle") -> Figure:

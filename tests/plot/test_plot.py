@@ -338,6 +338,18 @@ def test_floor_and_ceiling_are_lines_at_their_means():
     assert upright == pytest.approx([rmse["perturbed mean"], rmse["technical duplicate"]])
 
 
+def test_an_axis_ends_before_scores_that_lie_far_out_and_says_so():
+    value = np.random.default_rng(0).normal(size=(2, 150))
+    value[1, 0] = 80.0
+    scores = pd.DataFrame({"method": np.repeat(["a", "b"], 150), "condition": [*range(150)] * 2})
+    scores = scores.assign(metric="e_distance", value=value.ravel())
+    ax = plot.compare_methods(scores).axes[0]
+    assert 3 < ax.get_xlim()[1] < 20 and "beyond the axis" in ax.get_xlabel()
+    assert [*ax.collections[-1].get_offsets()[0]] == pytest.approx([ax.get_xlim()[1], 1])
+    ax = plot.compare_methods(scores[scores["value"] < 80]).axes[0]
+    assert "beyond" not in ax.get_xlabel() and ax.get_xlim()[1] > value[value < 80].max()
+
+
 def test_calibrated_numbers_are_not_clipped_and_unresolved_ones_not_coloured():
     table = _calibrated()
     table.loc[0, "score"] = -12.345
