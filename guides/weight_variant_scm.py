@@ -182,8 +182,9 @@ class WeightVariantSCMGuide(PyroModule):
         elif "weight" in self.alters:
             slab = GatedNormal(torch.ones_like(self.weight_loc), *parts["weight"])
             pyro.sample("loading", slab.to_event(2))
-        moved_nv = batch.u_np @ (gate_pv * shift_pv)
-        if self.epistasis is not None:
+        if self.epistasis is None:
+            moved_nv = batch.u_np @ (gate_pv * shift_pv)
+        else:
             moved_nv, _ = combined(batch.u_np, gate_pv, shift_pv, self.epistasis())  # q(κ) q(s)
         return torch.zeros_like(moved_nv) if self.gates_held else moved_nv
 

@@ -1841,15 +1841,13 @@ def _plain_mistake(message: str, name: str) -> str:
 def _unknown(word: str, name: str) -> str:
     if not word.startswith("-"):
         return f"unexpected argument {word!r}"
-    given = word.partition("=")[0].lstrip("-").replace("-", "_")
-    if name and given in COMMANDS[name].positional:
-        return f"{given.upper()} is given without {word.partition('=')[0]}, by its place"
-    known = (
-        [f"--{_dashed(n)}" for n in COMMANDS[name].arguments if n not in COMMANDS[name].positional]
-        if name
-        else []
+    option, command = word.partition("=")[0], COMMANDS.get(name)
+    arguments, positional = (command.arguments, command.positional) if command else ((), ())
+    if (given := option.lstrip("-").replace("-", "_")) in positional:
+        return f"{given.upper()} is given without {option}, by its place"
+    near = difflib.get_close_matches(
+        _dashed(option), [f"--{_dashed(n)}" for n in arguments if n not in positional], 1
     )
-    near = difflib.get_close_matches(_dashed(word.partition("=")[0]), known, 1)
     return f"unknown option {_dashed(word)}{f', did you mean {near[0]}?' if near else ''}"
 
 

@@ -114,18 +114,21 @@ def combined(
         gate_pk: Gates γ, or their probabilities: the variance is that of open or closed, 0 for binary ones.
             It leaves saturation out.
         shift_pk: Shifts μ where gates are open.
-        epistasis: κ and s; None is 0.
+        epistasis: κ and s; None takes the sum.
     """
     if epistasis is None:
-        return u_np @ (gate_pk * shift_pk), u_np**2 @ (gate_pk * (1 - gate_pk) * shift_pk**2)
+        return u_np @ (gate_pk * shift_pk), _variance(u_np, gate_pk, shift_pk)
     left_pk = (1 - epistasis.masked_pk).clamp(min=LEAST_LEFT)
     left_nk = ((u_np != 0).to(u_np) @ left_pk.log()).exp()  # by all targets of the cell
     shift_pk = shift_pk / left_pk  # but not by itself
-    _, var_nk = combined(u_np, gate_pk, shift_pk)
     up_pk, down_pk = _powers(gate_pk * shift_pk, epistasis.power)
     dose_np = u_np**epistasis.power
     loc_nk = _between(dose_np @ up_pk, dose_np @ down_pk, epistasis.power)
-    return left_nk * loc_nk, left_nk**2 * var_nk
+    return left_nk * loc_nk, left_nk**2 * _variance(u_np, gate_pk, shift_pk)
+
+
+def _variance(u_np: Tensor, gate_pk: Tensor, shift_pk: Tensor) -> Tensor:
+    return u_np**2 @ (gate_pk * (1 - gate_pk) * shift_pk**2)
 
 
 def masked_doses(dose_nm1: Tensor, masked_nmk: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from pyro_causalcell.plot.style import (
 __all__ = ["calibrated_scores", "compare_methods", "study_table"]
 
 _COLUMNS = 4
-FEW = 200
+_FEW = 200
 """Scores of a panel, conditions times methods, below which the axis shows all."""
 
 
@@ -41,7 +41,7 @@ def compare_methods(
 ) -> Figure:
     """One panel a metric: a dot for every condition, the mean, and its 95 % bootstrap interval.
 
-    Where one in a hundred scores lies further out than the width of the others, the axis ends before it.
+    Where at most one in a hundred scores lies further out than the width of the others, the axis ends before.
 
     Args:
         scores: Columns method, condition, metric, value (``Comparison.table``, or what
@@ -157,7 +157,7 @@ def _cut(ax: Axes, values_mc: Sequence[NDArray[np.float64]]) -> None:
     """End the axis where few conditions lie far beyond all others; arrows at its end stand for them."""
     value = np.concatenate(values_mc)
     value = value[np.isfinite(value)]
-    if len(value) < FEW:
+    if len(value) < _FEW:
         return
     low, high = np.quantile(value, [0.005, 0.995])
     left, right = max(value.min(), 2 * low - high), min(value.max(), 2 * high - low)
