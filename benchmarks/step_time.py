@@ -244,7 +244,7 @@ def compiled_stepper(model: nn.Module, guide: nn.Module, batch: Batch) -> Callab
     traced.compile(batch, {})
     print(f"recorded and compiled in {time.perf_counter() - start:.0f} s")
     difference = traced.difference(batch, {})
-    if not difference <= TOLERANCE:
+    if not difference <= TOLERANCE[torch.get_float32_matmul_precision()]:
         raise SystemExit(f"compiled gradients differ from Pyro's by {difference:.2g} of their size")
     return _step(model, guide, lambda: traced(batch, {}))
 
@@ -302,6 +302,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--steps", type=int, default=3, help="steps of each engine in a round")
+    parser.add_argument("--precision", choices=list(TOLERANCE), default="highest", help="of matrix products")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 

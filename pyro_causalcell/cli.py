@@ -264,6 +264,7 @@ def fit(
     warmup: dict[str, PositiveInt] | None = None,
     particles: PositiveInt = 1,
     compile: bool | None = None,
+    matmul_precision: Literal["highest", "high", "medium"] = "highest",
     anchors: Literal["batch", "random", "twin"] | None = None,
     memory_budget_gb: PositiveFloat = 4.0,
     seed: NonNegativeInt = 0,
@@ -328,6 +329,8 @@ def fit(
             bound, which is closer to the likelihood and takes longer.
         compile: Compile the training step: true at once, false never; where training is long enough to repay
             it if not given.
+        matmul_precision: "highest" is float32; "high" lets GPUs take TF32 in matrix products, "medium"
+            processors bfloat16: faster on large minibatches, less exact.
         anchors: Control cell that a cell is compared with, for models that do: "batch" draws one of the same
             batch, "random" any, "twin" takes its own from --twin; its own if there is one, else one of the
             same batch, if not given.
@@ -1473,7 +1476,8 @@ class _Command(NamedTuple):
 _TRAINING = (
     "epochs N, max_epochs N, refine N, patience N, warm_start N, batch_size N, lr X, lr_drops N, adam_eps X, "
     "weight_decay X, clip X, weights ..., warmup ..., particles N, compile true|false, "
-    "anchors batch|random|twin, memory_budget_gb X, seed N, device auto|cpu|cuda, threads N"
+    "matmul_precision highest|high|medium, anchors batch|random|twin, memory_budget_gb X, seed N, "
+    "device auto|cpu|cuda, threads N"
 )
 
 SCREEN_SETTINGS = (

@@ -321,10 +321,8 @@ def _with_mean(
     x_share, theta_share = above.exp(), below.exp()  # sigmoids of −o and o, times 1 + exp(−|o|)
     both = x_share * theta_share
     log_sum = both.log1p()
-    less_x, less_theta = (
-        below - log_sum,
-        torch.sub(above, log_sum, out=out[2]),
-    )  # softplus of −o and o, negated
+    # softplus of −o and o, negated; memory at hand is warm
+    less_x, less_theta = below.sub_(log_sum), torch.sub(above, log_sum, out=out[2])
     log_prob = torch.addcmul(counts, theta, less_theta, out=out[0]).addcmul_(x, less_x)
     by_log_mean = torch.mul(x_share, x, out=out[1]).addcmul_(theta, theta_share, value=-1).div_(both.add_(1))
     if slopes is None:
@@ -406,7 +404,7 @@ def _by_table(
     n_genes = len(theta_g)
     x_ng = x.reshape(-1, n_genes)
     log_mean_sng = log_mean.reshape(-1, *x_ng.shape)
-    rows, cell_m, gene_m = _large(x_ng)
+    rows, place_m = _large(x_ng)
     tables = _tables(theta_g, rows, by_theta)
     outputs = [torch.empty_like(log_mean_sng) if want else None for want in (True, wanted, by_theta)]
     genes_g = torch.arange(n_genes, device=x.device, dtype=torch.int32)
@@ -424,19 +422,20 @@ def _by_table(
             place = (slice(first, first + s_at_once), here)
             out = [None if output is None else output[place] for output in outputs]
             _with_mean(counts_ng, slopes_ng, block_ng, theta_g, log_mean_sng[place], wanted, out)
-    if len(cell_m):
-        exact = _gamma_terms(x_ng[cell_m, gene_m], theta_g[gene_m], by_theta)
+    if len(place_m):
+        gene_m = place_m % n_genes
+        exact = _gamma_terms(x_ng.reshape(-1)[place_m], theta_g[gene_m], by_theta)
         for output, table, value_m in zip(outputs[::2], tables, exact, strict=False):
             assert output is not None and value_m is not None
-            from_table_m = table.view(rows, n_genes)[-1, gene_m]
-            output[:, cell_m, gene_m] += value_m - from_table_m
+            missing_m = value_m - table.view(rows, n_genes)[-1][gene_m]
+            output.flatten(1).index_add_(1, place_m, missing_m.expand(len(output), -1))
     log_prob, *slopes = [None if output is None else output.view(log_mean.shape) for output in outputs]
     assert log_prob is not None
     return log_prob, slopes[0], slopes[1]
 
 
-def _large(x_ng: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Rows of the table; cells and genes of the counts that it does not hold.
+def _large(x_ng: Tensor) -> tuple[int, Tensor]:
+    """Rows of the table; flat places of the counts that it does not hold.
 
     Filling a row costs as much as evaluating a fifth of its genes one by one.
     """
@@ -445,7 +444,7 @@ def _large(x_ng: Tensor) -> tuple[int, Tensor, Tensor]:
         large_g = (top_g >= rows).nonzero().squeeze(1)  # most genes have none: look at the others alone
         cell_m, gene_m = (x_ng.index_select(1, large_g) >= rows).nonzero(as_tuple=True)
         if rows >= MOST_ROWS or len(cell_m) <= rows * x_ng.shape[1] / 5:
-            return rows, cell_m, large_g[gene_m]
+            return rows, cell_m * x_ng.shape[1] + large_g[gene_m]
         rows *= 2
 
 

@@ -2,8 +2,8 @@
 
 A plain pair spends much of a step on effect handlers and on the dispatch of hundreds of small operations.
 Both are the same in every step. So loss and gradients of one step are recorded (``make_fx``), and the flat
-list of tensor operations is compiled. On processors its large matrix products go to oneDNN, which takes half
-the time of torch's default library where that is not made for the processor.
+list of tensor operations is compiled. On processors that MKL, torch's default library, is not made for, large
+matrix products go to oneDNN, which takes half the time there.
 
 Source: Horace He and Richard Zou, make_fx; Ansel et al., PyTorch 2, ASPLOS 2024 (torch.compile).
 """
@@ -11,6 +11,7 @@ Source: Horace He and Richard Zou, make_fx; Ansel et al., PyTorch 2, ASPLOS 2024
 import importlib
 import inspect
 import math
+import platform
 import threading
 import traceback
 import warnings
@@ -43,13 +44,26 @@ COMPILE_SECONDS = 20.0
 waited for."""
 REPAYS_SECONDS = 60.0
 """Shortest stage, in seconds of eager steps, that is compiled without being asked to."""
+WARM_RUNS = 3
+"""Runs of a compiled step on a GPU before it is captured as a CUDA graph."""
 MOST_GRAPHS = 2
 """Kinds of minibatches that are compiled; others are taken eagerly."""
 LARGE_PRODUCT = 1_000_000
 """Multiplications from which a matrix product is given to oneDNN: a call costs more there."""
-TOLERANCE = 1e-3
-"""Largest difference of a gradient from Pyro's, as a share of that gradient's largest entry."""
+TOLERANCE = {"highest": 1e-3, "high": 1e-2, "medium": 1e-1}
+"""Largest difference of a gradient from Pyro's, as a share of that gradient's largest entry, by torch's
+precision of matrix products."""
 
+
+def _mkl_is_fast() -> bool:
+    """Whether matrix products are by MKL, on a processor of its maker."""
+    about = Path("/proc/cpuinfo")
+    names = about.read_text() if about.exists() else platform.processor()
+    return torch.backends.mkl.is_available() and "GenuineIntel" in names
+
+
+TAKES_ONEDNN = torch.backends.mkldnn.is_available() and not _mkl_is_fast()
+"""Whether large matrix products go to oneDNN."""
 
 _COMPILER = threading.Lock()  # torch patches its modules while it records or compiles: one at a time
 _OPERATORS = torch.library.Library("pyro_causalcell", "DEF")
@@ -73,9 +87,10 @@ def keep_freed_memory() -> None:
 class EagerStep:
     """Loss terms and gradients of one training step of a pair, by Pyro.
 
-    While the pair runs, two costs of a small step are saved. Large products of ``nn.Linear`` go to oneDNN on
-    processors. And Pyro tells handlers of every parameter of the plain modules that a PyroModule holds, but
-    does not use their answer: such modules are made plain attributes meanwhile, which it does not see.
+    While the pair runs, two costs of a small step are saved. Large products of ``nn.Linear`` go to oneDNN
+    where that is faster. And Pyro tells handlers of every parameter of the plain modules that a PyroModule
+    holds, but does not use their answer: such modules are made plain attributes meanwhile, which it does not
+    see.
 
     Args:
         pair: The pair. Modules that it gets later run as they are.
@@ -85,8 +100,7 @@ class EagerStep:
     def __init__(self, pair: Pair, n_particles: int = 1):
         self.pair, self.n_particles = pair, n_particles
         modules = [m for side in (pair.model, pair.guide) for m in side.modules()]
-        use_onednn = torch.backends.mkldnn.is_available()
-        self.layers = [m for m in modules if type(m) is nn.Linear and use_onednn]
+        self.layers = [m for m in modules if type(m) is nn.Linear and TAKES_ONEDNN]
         self.holders = [m for m in modules if isinstance(m, PyroModule)]
 
     def __call__(self, batch: Batch, weights: Mapping[str, float]) -> Terms:
@@ -155,7 +169,7 @@ class TracedStep:
         self.graph = self._record(batch, weights)
         _keep_draws(self.graph)
         _narrow_products(self.graph)
-        if batch.u_np.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if batch.u_np.device.type == "cpu" and TAKES_ONEDNN:
             _choose_library(self.graph)
         self.run: Callable[..., Sequence[Tensor]] = self.graph
 
@@ -170,6 +184,14 @@ class TracedStep:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")
         with torch.no_grad():  # the random stream is to be the one that Pyro would use
             self.run = torch._inductor.compile(self.graph, inputs, options={"fallback_random": True})
+
+    def capture(self, batch: Batch, weights: Mapping[str, float]) -> None:
+        """Let a GPU start all kernels at once; nothing else may use it meanwhile."""
+        n_state = len(list(self.program.parameters())) + len(list(self.program.buffers()))
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda(batch)):
+            for _ in range(WARM_RUNS):  # kernels are chosen and memory is taken now: neither can be replayed
+                self.run(*self._inputs(batch, weights, copy=True))
+            self.run = _Replay(self.run, self._inputs(batch, weights), n_state)
 
     def __call__(self, batch: Batch, weights: Mapping[str, float]) -> Terms:
         """Set the parameters' gradients; returns the terms."""
@@ -236,7 +258,7 @@ class TracedStep:
         if copy:
             state = [t.detach().clone().requires_grad_(t.requires_grad) for t in state]
         device = batch.u_np.device
-        weight = [torch.as_tensor(w, dtype=torch.float32, device=device) for w in weights.values()]
+        weight = [torch.full((), float(w), device=device) for w in weights.values()]  # no copy to wait for
         return [*state, *weight, *(leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor))]
 
     def _key(self, batch: Batch, weights: Mapping[str, float]) -> Any:
@@ -247,6 +269,30 @@ class TracedStep:
         learn = [p.requires_grad for p in self.program.parameters()]
         modes = [module.training for module in self.program.modules()][1:]
         return kinds, str(spec), list(weights), learn, modes
+
+
+class _Replay:
+    """A step as a CUDA graph.
+
+    Parameters and buffers are read where they lie, so they must stay there; all else is copied to places of
+    its own. What it returns is overwritten by the next step.
+
+    Args:
+        run: The compiled step.
+        inputs: What it takes.
+        n_state: How many of them are parameters and buffers; they come first.
+    """
+
+    def __init__(self, run: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], n_state: int):
+        self.n_state, self.places = n_state, [t.clone() for t in inputs[n_state:]]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = run(*inputs[:n_state], *self.places)
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        torch._foreach_copy_(self.places, list(inputs[self.n_state :]))
+        self.graph.replay()
+        return self.outputs
 
 
 def _filled(leaves: list[Any], spec: TreeSpec, tensors: tuple[Tensor, ...]) -> Batch:
@@ -421,10 +467,19 @@ class _Graph:
         """Wait for it, and compare it with Pyro; returns what is wrong."""
         self.thread.join()
         self.checked = True
+        if batch.u_np.is_cuda and self.problem is None:
+            self._capture(batch, weights)
         difference = 0.0 if self.problem else self.traced.difference(batch, weights)
-        if difference > TOLERANCE:
+        if difference > TOLERANCE[torch.get_float32_matmul_precision()]:
             self.problem = f"its gradients differ from Pyro's by {difference:.2g} of their size"
         return self.problem
+
+    def _capture(self, batch: Batch, weights: Mapping[str, float]) -> None:
+        try:
+            self.traced.capture(batch, weights)
+        except Exception as error:  # a kernel that waits for the processor, memory that is short
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            warnings.warn(f"the compiled step is not replayed as a CUDA graph: {why}", stacklevel=2)
 
 
 class Engine:

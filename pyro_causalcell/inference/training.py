@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import pyro
@@ -41,7 +41,10 @@ from pyro_causalcell.inference.pair import Pair, Source, build_pair, check_pair
 from pyro_causalcell.inference.posterior import encode, is_local, sample_sites
 from pyro_causalcell.inference.warm_start import block_rotation, can_rotate, sparse_rotation
 
-__all__ = ["fit", "pick_device"]
+__all__ = ["MatmulPrecision", "fit", "pick_device"]
+
+MatmulPrecision = Literal["highest", "high", "medium"]
+"""See ``torch.set_float32_matmul_precision``."""
 
 CHECK_EVERY = 100
 """Steps between two looks at the losses: more often would make a GPU wait."""
@@ -77,6 +80,7 @@ class Training:
     elbo: str | None = None
     particles: int = 1
     compile: bool | None = None
+    matmul_precision: MatmulPrecision = "highest"
     anchors: Anchors | None = None
     memory_budget_gb: float = 4.0
 
@@ -118,6 +122,7 @@ def fit(
     elbo: ELBO | None = None,
     particles: int = 1,
     compile: bool | None = None,
+    matmul_precision: MatmulPrecision = "highest",
     anchors: Anchors | None = None,
     memory_budget_gb: float = 4.0,
     out: str | Path | None = None,
@@ -172,6 +177,9 @@ def fit(
         compile: Record and compile the training step: about twice as fast, after some 20 seconds beside the
             first steps. None does so where training is long enough to repay it; True at once, False never.
             A pair that cannot be recorded trains without it, and a warning says why.
+        matmul_precision: Of matrix products in training, as ``torch.set_float32_matmul_precision`` has it:
+            ``"highest"`` is float32, ``"high"`` lets GPUs take TF32, ``"medium"`` also lets processors take
+            bfloat16 where they have it. Sums stay in float32.
         anchors: Control cell that each cell comes with, for models that ask for one: ``"batch"`` draws one of
             the same batch, ``"random"`` any, ``"twin"`` takes the cell's own from ``Screen(twin=)``. None:
             its own where the screen has them, else one of the same batch.
@@ -191,13 +199,17 @@ def fit(
     Raises:
         DataError: The screen does not hold what the model needs (counts, normalised values).
         PairError: Model and guide do not fit each other.
-        TrainingError: A term is not finite; the last good checkpoint stays.
+        TrainingError: A setting is not possible, or a term is not finite; the last good checkpoint stays.
         CheckpointError: ``resume`` meets a checkpoint of other settings, data or code.
     """
     if min(particles - 1, refine) < 0 or (elbo is not None and (particles > 1 or refine)):
         raise TrainingError(
             f"particles= (1 or more) and refine= (0 or more) are of the default bound, found {particles} and "
             f"{refine}; leave them out where elbo= is given, and set its own"
+        )
+    if matmul_precision not in get_args(MatmulPrecision):
+        raise TrainingError(
+            f"matmul_precision= is one of {get_args(MatmulPrecision)}, found {matmul_precision!r}"
         )
     _seed_all(seed)
     if isinstance(model, Fit):
@@ -227,11 +239,12 @@ def fit(
         elbo=None if elbo is None else type(elbo).__name__,
         particles=particles,
         compile=compile,
+        matmul_precision=matmul_precision,
         anchors=_anchors(anchors, pair, screen),
         memory_budget_gb=memory_budget_gb,
     )
     ranks = join()
-    with _threads(threads):
+    with _torch_set(threads, matmul_precision):
         trainer = Trainer(
             pair,
             dims,
@@ -867,14 +880,16 @@ def _heard_interrupts() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
+def _torch_set(threads: int | None, precision: MatmulPrecision) -> Iterator[None]:
+    before, precision_before = torch.get_num_threads(), torch.get_float32_matmul_precision()
     if threads is not None:
         torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
     torch.set_flush_denormal(True)  # tiny moments of dead units would slow every step several times
     keep_freed_memory()
     try:
         yield
     finally:
         torch.set_flush_denormal(False)
+        torch.set_float32_matmul_precision(precision_before)
         torch.set_num_threads(before)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from contextlib import contextmanager
 
 import pyro
 import pyro.distributions as dist
@@ -9,8 +10,11 @@ import pytest
 import torch
 from pyro.infer import TraceMeanField_ELBO
 from pyro.nn import PyroModule
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_causalcell.batch import Batch
+from pyro_causalcell.errors import TrainingError
 from pyro_causalcell.inference import engine, fit
 from pyro_causalcell.inference.engine import EagerStep, Engine, NotTraceableError, TracedStep
 from pyro_causalcell.inference.pair import Pair
@@ -106,6 +110,7 @@ def _losses(pair: Pair, batches: list[Batch], how: str) -> list[float]:
 def test_fifty_steps_are_the_same_by_every_engine(build, batch, monkeypatch):
     """Eager, recorded (its matrix products by oneDNN) and stock Pyro under one random stream."""
     monkeypatch.setattr(engine, "LARGE_PRODUCT", 0)
+    monkeypatch.setattr(engine, "TAKES_ONEDNN", True)
     found = {}
     for how in ("eager", "traced", "stock"):
         pair = Pair(*build(guide={"dropout": 0.2}))
@@ -157,7 +162,19 @@ def test_eager_layers_are_torchs(shape, bias, monkeypatch):
         assert engine._linear(layer, x).dtype == torch.bfloat16
 
 
-def test_an_eager_step_leaves_the_modules_as_they_are(build, batch):
+@pytest.mark.parametrize(
+    ("cpu", "mkl", "takes"),
+    [("GenuineIntel", True, False), ("GenuineIntel", False, True), ("AuthenticAMD", True, True)],
+)
+def test_onednn_is_left_out_where_mkl_is_at_home(cpu, mkl, takes, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(engine.Path, "exists", lambda self: False)
+    monkeypatch.setattr(engine.platform, "processor", lambda: cpu)
+    assert engine._mkl_is_fast() is not takes
+
+
+def test_an_eager_step_leaves_the_modules_as_they_are(build, batch, monkeypatch):
+    monkeypatch.setattr(engine, "TAKES_ONEDNN", True)
     pair = Pair(*build())
     modules = [m for side in (pair.model, pair.guide) for m in side.modules()]
     before = [set(m.__dict__) for m in modules]
@@ -311,3 +328,109 @@ def test_several_particles_are_recorded_too(build, batch):
         step = TracedStep(pair, first, {"gate": 0.5}, n_particles=3)
         assert step.difference(later, {"gate": 0.25}) < 1e-5
         assert "cells" in step(later, {"gate": 1.0})
+
+
+class Tape(TorchDispatchMode):
+    """A CUDA graph on a processor: the same operations on the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, found))
+        return found
+
+    def replay(self):
+        for func, args, kwargs, before in self.calls:
+            now = func(*args, **kwargs)
+            for place, value in zip(tree_leaves(before), tree_leaves(now), strict=True):
+                if isinstance(place, torch.Tensor) and place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
+
+
+@contextmanager
+def _recorded(tape):
+    with tape:
+        yield
+
+
+def test_a_replayed_step_is_the_step(build, batch, monkeypatch):
+    """Counts and weights are new in every step, parameters and BatchNorm's statistics are where they were."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", _recorded)
+    model, guide = build(norm="batch")
+    plain, replayed = _pair(model, guide), _pair(model, guide)
+    first, *later = _batches(batch, 4)
+    with pyro.validation_enabled(False):
+        steps = [TracedStep(p, first, {"z": 0.5}) for p in (plain, replayed)]
+        before = copy.deepcopy(replayed.state_dict())
+        torch.manual_seed(3)
+        steps[1].capture(first, {"z": 0.5})
+        assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(3))
+        replayed.load_state_dict(before)  # a GPU only records meanwhile
+        for i, here in enumerate(later):
+            terms, gradients = [], []
+            for step in steps:
+                torch.manual_seed(i)
+                terms.append({n: float(t) for n, t in step(here, {"z": i / 2}).items()})
+                learned = [p for p in step.parameters if p.grad is not None]
+                gradients.append([p.grad for p in learned])
+                with torch.no_grad():
+                    for p in learned:
+                        p.sub_(1e-3 * p.grad)
+            assert terms[0] == pytest.approx(terms[1], rel=1e-12)
+            torch.testing.assert_close(*gradients)
+    for kind, state in plain.state_dict().items():
+        torch.testing.assert_close(dict(replayed.state_dict()[kind]), dict(state))
+
+
+def test_a_step_that_cannot_be_captured_is_used_as_it_is(build, batch):
+    """There is no GPU to capture it on."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU captures it")
+    pair = _pair(*build())
+    first = _batches(batch, 1)[0]
+    with pyro.validation_enabled(False):
+        graph = engine._Graph.__new__(engine._Graph)
+        graph.traced = TracedStep(pair, first, {})
+        run = graph.traced.run
+        with pytest.warns(UserWarning, match="not replayed as a CUDA graph: "):
+            graph._capture(first, {})
+        assert graph.traced.run is run
+
+
+@pytest.mark.gpu
+def test_a_gpu_replays_the_step(tiny_screen, quick):
+    """The same history as by eager steps, through a CUDA graph."""
+    settings = quick | {"epochs": 2, "gates": "open", "device": "cuda"}
+    captured = []
+    replay, call = engine._Replay, engine._Replay.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "__call__", lambda self, *a: captured.append(1) or call(self, *a))
+        compiled = fit("sparse-shift", None, tiny_screen, compile=True, **settings)
+    eager = fit("sparse-shift", None, tiny_screen, compile=False, **settings)
+    assert captured
+    assert compiled.history["train_loss"].to_numpy() == pytest.approx(
+        eager.history["train_loss"].to_numpy(), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_matrix_products_have_the_precision_that_was_asked_for(tiny_screen, quick, monkeypatch, precision):
+    seen, gradients = set(), Engine.gradients
+
+    def look(self, batch, weights):
+        seen.add(torch.get_float32_matmul_precision())
+        return gradients(self, batch, weights)
+
+    monkeypatch.setattr(Engine, "gradients", look)
+    fit("sparse-shift", None, tiny_screen, matmul_precision=precision, **quick | {"epochs": 1})
+    assert seen == {precision}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_an_unknown_precision_is_told(tiny_screen, quick):
+    with pytest.raises(TrainingError, match="'highest', 'high', 'medium'.*'tf32'"):
+        fit("sparse-shift", None, tiny_screen, matmul_precision="tf32", **quick)
