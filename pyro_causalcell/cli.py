@@ -101,6 +101,7 @@ def simulate(
     changes: Literal["sparse", "dense"] | None = None,
     likelihood: Literal["none", "gaussian", "nb", "poisson"] | None = None,
     noise_sd: float | None = None,
+    decoder_layers: int | None = None,
     times: list[int] | None = None,
     cells_per_snapshot: int | None = None,
     missing: float | None = None,
@@ -153,6 +154,7 @@ def simulate(
         changes: "sparse" (if not given): a perturbation alters one or two programmes; "dense": all of them.
         likelihood: "none" (if not given), "gaussian", "nb" or "poisson".
         noise_sd: Standard deviation of the noise of likelihood "gaussian"; 0.2 if not given.
+        decoder_layers: Layers of the map from programmes to genes; 3 if not given.
         times: When snapshots are taken, in whole steps of the process, as a list; [1, 2, 3, 4] if not given.
         cells_per_snapshot: Cells of each condition at each time; 150 if not given.
         missing: Share of the snapshots of perturbed cells that are left out; 0.0 if not given.
@@ -1506,7 +1508,7 @@ COMMANDS = {
             "process sparse-shift": "preset released|paper|clean, n_latents N, n_interventions N, "
             "cells_per_intervention N, sparsity X, n_targeted_latents N",
             "processes latent-scm and temporal-scm": "n_responsive N, n_invariant N, n_perturbations N, "
-            "n_combinations N, likelihood none|gaussian|nb|poisson, noise_sd X",
+            "n_combinations N, likelihood none|gaussian|nb|poisson, noise_sd X, decoder_layers N",
             "process latent-scm": "n_test N, cells_per_combination N, changes sparse|dense",
             "process temporal-scm": "times [N...], cells_per_snapshot N, missing FRACTION, "
             "graph full|triangular, dynamics linear|nonlinear, cut_share FRACTION",

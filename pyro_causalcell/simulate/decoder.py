@@ -64,13 +64,13 @@ _STREAMS = (
 class Decoder:
     """The true map from latents to observations, p(x | z).
 
-    A bias-free network of three hidden layers of 40 units with LeakyReLU(0.2). Its logits are divided by one
+    A bias-free network with hidden layers of 40 units and LeakyReLU(0.2). Its logits are divided by one
     number, ``logit_scale``. Counts: either ``log rate = logits + log_offset_g`` (released: the constants of a
     softmax over cells), or ``log rate = log library + log softmax over genes``. With ``noise_sd`` the
     observations are real numbers around the logits.
 
     Attributes:
-        weights: four matrices, [in, out] each, float64.
+        weights: one matrix a layer, [in, out] each, float64.
         logit_scale: standard deviation of the raw logits over the simulated data set.
         log_offset_g: what is added to the logits, or None for a softmax over genes.
         inverse_dispersion: negative binomial inverse dispersion, or None for Poisson counts.
@@ -91,7 +91,7 @@ class Decoder:
             DataError: if the data were not made by a simulator with such a decoder, or genes were removed.
         """
         record = simulation_record(adata, "sparse_shift", "latent_scm", "temporal_scm")
-        hidden = [as_tensor(record["decoder"][f"hidden_{i}"]) for i in range(3)]
+        hidden = [as_tensor(record["decoder"][f"hidden_{i}"]) for i in range(len(record["decoder"]))]
         offset = as_tensor(adata.var["log_offset"].to_numpy()) if "log_offset" in adata.var else None
         dispersion, noise_sd = record.get("inverse_dispersion"), record.get("noise_sd")
         return cls(
@@ -135,19 +135,22 @@ class Decoder:
         return rng.poisson(mean_ng).astype(np.int32)
 
 
-def random_weights(rng: np.random.Generator, n_latents: int, n_genes: int) -> tuple[Tensor, ...]:
-    """Random matrices with orthonormal rows, so that the network is injective.
+def random_weights(
+    rng: np.random.Generator, n_latents: int, n_genes: int, n_layers: int
+) -> tuple[Tensor, ...]:
+    """One random matrix a layer, the last one to genes, with orthonormal rows: the network is injective.
 
     Raises:
-        DataError: if a layer would be narrower than the one before it.
+        DataError: if there are fewer than two layers, or one would be narrower than the one before it.
     """
+    check_at_least("decoder_layers", n_layers, 2)
     if n_latents > HIDDEN or n_genes < HIDDEN:
         raise DataError(
             f"expected at most {HIDDEN} latents and at least {HIDDEN} genes, found {n_latents} and "
             f"{n_genes}. The decoder would not be injective: change the number of latents or n_genes."
         )
     weights = []
-    for fan_in, fan_out in pairwise((n_latents, HIDDEN, HIDDEN, HIDDEN, n_genes)):
+    for fan_in, fan_out in pairwise((n_latents, *[HIDDEN] * (n_layers - 1), n_genes)):
         q, r = np.linalg.qr(rng.standard_normal((fan_out, fan_in)))
         gain = np.sqrt(2 / (1 + SLOPE**2)) * np.sqrt(2 / (fan_in + fan_out))
         weights.append(as_tensor((q * np.sign(np.diag(r))).T * gain))

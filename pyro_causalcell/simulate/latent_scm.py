@@ -114,6 +114,7 @@ def latent_scm(
     library_size: float | None = None,
     library_log_sd: float | None = None,
     inverse_dispersion: float | None = None,
+    decoder_layers: int = 3,
     seed: int = 0,
     decoder_seed: int | None = None,
 ) -> anndata.AnnData:
@@ -160,6 +161,7 @@ def latent_scm(
         library_size: Median library of count data, 2,000.
         library_log_sd: Standard deviation of the log library of count data, 0.4.
         inverse_dispersion: Of negative binomial counts, 5: variance m + m**2 / inverse_dispersion.
+        decoder_layers: Layers of g, the last one included. With more of them it is further from linear.
         seed: Seed of everything but the decoder. More test cells or combinations leave the others alone.
         decoder_seed: Seed of the decoder's weights; ``seed`` if None.
 
@@ -214,7 +216,9 @@ def latent_scm(
         for part, condition_n in enumerate(condition_of.values())
     ]
     decoder_seed = seed if decoder_seed is None else decoder_seed
-    weights = random_weights(stream(decoder_seed, "decoder"), n_invariant + n_responsive, n_genes)
+    weights = random_weights(
+        stream(decoder_seed, "decoder"), n_invariant + n_responsive, n_genes, decoder_layers
+    )
     decoder = scaled_decoder(weights, drawn[0].z_nk, n_genes, noise)
     cells = [observe(decoder, z.z_nk, noise, seed, 0, part) for part, z in enumerate(drawn)]
     twins = [observe(decoder, z.twin_nk, noise, seed, 1, part)[0] for part, z in enumerate(drawn)]
@@ -233,6 +237,7 @@ def latent_scm(
         "changes": changes,
         "effect": effect,
         "likelihood": likelihood,
+        "decoder_layers": decoder_layers,
         "seed": seed,
         "decoder_seed": decoder_seed,
         **noise,

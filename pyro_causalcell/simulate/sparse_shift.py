@@ -31,6 +31,7 @@ _GENE_TOTAL = 1e6  # released: expected total of every gene over all perturbed c
 _PAPER_LIBRARY = 1e5
 _CLEAN_LIBRARY = 2000.0
 _CLEAN_LOG_SD = 0.4
+_DECODER_LAYERS = 4  # three hidden ones, as the paper says
 
 
 def sparse_shift(
@@ -115,7 +116,7 @@ def sparse_shift(
     z_nk = shift_pk[row_n] + stream(seed, "latent").standard_normal((row_n.size, n_latents))
 
     decoder_seed = seed if decoder_seed is None else decoder_seed
-    weights = random_weights(stream(decoder_seed, "decoder"), n_latents, n_genes)
+    weights = random_weights(stream(decoder_seed, "decoder"), n_latents, n_genes, _DECODER_LAYERS)
     decoder = _scaled_decoder(weights, z_nk, preset, inverse_dispersion)
     median = library_size or (_CLEAN_LIBRARY if preset == "clean" else _PAPER_LIBRARY)
     log_sd = (_CLEAN_LOG_SD if library_log_sd is None else library_log_sd) if preset == "clean" else 0.0

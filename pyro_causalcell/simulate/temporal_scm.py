@@ -151,6 +151,7 @@ def temporal_scm(
     library_size: float | None = None,
     library_log_sd: float | None = None,
     inverse_dispersion: float | None = None,
+    decoder_layers: int = 3,
     truth_draws: int = 1000,
     seed: int = 0,
     decoder_seed: int | None = None,
@@ -200,6 +201,7 @@ def temporal_scm(
         library_size: Median library of count data, 2,000.
         library_log_sd: Standard deviation of the log library of count data, 0.4.
         inverse_dispersion: Of negative binomial counts, 5: variance m + m**2 / inverse_dispersion.
+        decoder_layers: Layers of g, the last one included. With more of them it is further from linear.
         truth_draws: Cells behind each true mean.
         seed: Seed of everything but the decoder. Cells of one snapshot do not depend on which others are
             taken.
@@ -253,7 +255,7 @@ def temporal_scm(
 
     snapshots = _draw_snapshots(process, design_cp, times, measured_ct, cells_per_snapshot, seed)
     decoder_seed = seed if decoder_seed is None else decoder_seed
-    weights = random_weights(stream(decoder_seed, "decoder"), len(sd_k), n_genes)
+    weights = random_weights(stream(decoder_seed, "decoder"), len(sd_k), n_genes, decoder_layers)
     train = [z_nk for (c, _), z_nk in snapshots.items() if c <= n_perturbations]
     decoder = scaled_decoder(weights, np.concatenate(train), n_genes, noise)
     cells = [observe(decoder, z_nk, noise, seed, c, times[t]) for (c, t), z_nk in snapshots.items()]
@@ -272,6 +274,7 @@ def temporal_scm(
         "cut_share": cut_share,
         "likelihood": likelihood,
         "truth_draws": truth_draws,
+        "decoder_layers": decoder_layers,
         "seed": seed,
         "decoder_seed": decoder_seed,
         **noise,

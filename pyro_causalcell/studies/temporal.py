@@ -24,6 +24,7 @@ from pyro_causalcell.data import Screen, Split, random_cells
 from pyro_causalcell.inference.lagged_rotation import lagged_rotation
 from pyro_causalcell.models.temporal_scm import PRESETS
 from pyro_causalcell.plot import study_table
+from pyro_causalcell.studies.components import by_components, components_of
 from pyro_causalcell.studies.runner import (
     Executor,
     Job,
@@ -49,8 +50,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "ours, independent pairs": PRESETS["independent-pairs"],
     "ours, no warm start": {"warm_start": 0},
     "paper": PRESETS["paper"],
+    "ours, by genes": {},
 }
 """Settings of the model and of training that make each method; ``"paper"`` is a reading of it."""
+BY_GENES = "by genes"
+"""What the name of a method ends with that is given x itself, and not its components of unit variance."""
 
 PCA_TURNED, ORACLE = "PCA, turned", "true programmes, turned"
 REFERENCES = (PCA_TURNED, ORACLE)
@@ -77,10 +81,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "linear dynamics": {"dynamics": "linear", "cells_per_snapshot": 500},
     "nonlinear dynamics": {"dynamics": "nonlinear", "cells_per_snapshot": 500},
     "linear dynamics, 150 cells": {"dynamics": "linear", "cells_per_snapshot": 150},
+    "linear dynamics, four layers": {"dynamics": "linear", "cells_per_snapshot": 500, "decoder_layers": 4},
 }
 """Name of a setting -> arguments of ``simulate.temporal_scm``; all else is its default. 500 cells of each
 condition at each time are 26,000 cells, as many as the hiPSC screen of the paper has."""
-EPOCHS = {150: {"epochs": 110, "warm_start": 40}, 500: {"epochs": 50, "warm_start": 20}}
+EPOCHS = {150: {"epochs": 110, "warm_start": 40}, 500: {"epochs": 100, "warm_start": 40}}
 """Cells of a snapshot -> length of training."""
 
 FIRST_SEED = 100
@@ -201,14 +206,17 @@ def score_job(job: Job, folder: Path) -> Scores:
     adata = simulate.temporal_scm(**{**simulated, **sizes}, seed=FIRST_SEED + job.seed)
     screen = Screen(adata[adata.obs["split"] == "train"].copy(), control="control", time="time")
     split = random_cells(screen, validation=HELD_BACK, test=HELD_BACK, seed=job.seed)
-    test = screen.adata[split.test]
     n_invariant = adata.obsm["z_invariant"].shape[1]
     if job.method in REFERENCES:
         z_nk, turn = _turned(job.method, screen, split, n_invariant, job.seed)
-        structure = _structure_of_moments(turn)
+        structure, test = _structure_of_moments(turn), screen.adata[split.test]
         return _recovered(test, z_nk, n_invariant, job.seed) | _found(
             test, z_nk, n_invariant, structure, screen.targets
         )
+    if not job.method.endswith(BY_GENES):
+        pca = components_of(screen.adata.X[split.train])
+        screen = Screen(by_components(screen.adata, pca), control="control", time="time")
+    test = screen.adata[split.test]
     length = QUICK if quick else EPOCHS[simulated["cells_per_snapshot"]]
     settings = {**SHARED, **length, **METHODS[job.method]}
     if settings.get("gates") == "open":

@@ -42,7 +42,7 @@ def law(adata, c):
 def logits(adata, z_nk):
     """The decoder written again, from what the AnnData says."""
     hidden = z_nk
-    for i in range(3):
+    for i in range(len(truth(adata)["decoder"])):
         hidden = hidden @ truth(adata)["decoder"][f"hidden_{i}"]
         hidden = np.where(hidden > 0, hidden, 0.2 * hidden)
     return hidden @ adata.varm["decoder_output"].T / truth(adata)["logit_scale"]
