@@ -12,7 +12,9 @@ Source: Burda et al., Importance weighted autoencoders, ICLR 2016, equation 8.
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -65,7 +67,7 @@ class _GuidePass(Messenger):
     def _pyro_post_sample(self, msg: Message) -> None:
         name = str(msg["name"])
         if msg["is_observed"]:
-            self.factors[name] = -_scaled(msg, msg["fn"].log_prob(msg["value"]))
+            self.factors[name] = -_scaled(msg, *_log_prob(msg["fn"], msg["value"]))
         elif type(msg["fn"]).__name__ != "_Subsample":
             self.sites[name] = msg
 
@@ -97,14 +99,14 @@ class _ModelPass(Messenger):
             self._weigh(msg)
             return
         if msg["is_observed"]:
-            self.terms[name] = _scaled(msg, fn.log_prob(msg["value"]))
+            self.terms[name] = _scaled(msg, *_log_prob(fn, msg["value"]))
             return
         site, value = self.guide_sites[name], msg["value"]
         try:
-            self.terms[name] = -_scaled(site, _kl(site["fn"], fn))
+            self.terms[name] = -_scaled(site, *_kl(site["fn"], fn))
         except NotImplementedError:
-            log_p = _scaled(msg, fn.log_prob(value))
-            self.terms[name] = log_p - _scaled(site, site["fn"].log_prob(value))
+            log_p = _scaled(msg, *_log_prob(fn, value))
+            self.terms[name] = log_p - _scaled(site, *_log_prob(site["fn"], value))
 
     def _weigh(self, msg: Message) -> None:
         """Add a site of the cells to their log importance weights, shape s, n."""
@@ -125,19 +127,33 @@ class _ModelPass(Messenger):
         return (self.cells_scale * bound_n).sum()
 
 
-def _kl(q: object, p: object) -> Tensor:
-    """KL(q ‖ p), seeing through ``to_event`` where both sides reinterpret the same dimensions."""
+def _kl(q: object, p: object) -> tuple[Tensor, int]:
+    """KL(q ‖ p), and how many of its last dimensions are still to be summed.
+
+    It sees through ``to_event`` where both sides reinterpret the same dimensions.
+    """
     n_q, n_p = getattr(q, "reinterpreted_batch_ndims", 0), getattr(p, "reinterpreted_batch_ndims", 0)
     if n_q != n_p or not n_q:
-        return kl_divergence(q, p)  # type: ignore[arg-type]
-    inner = _kl(q.base_dist, p.base_dist)  # type: ignore[attr-defined]
-    return inner.sum(tuple(range(-n_q, 0)))
+        return kl_divergence(q, p), 0  # type: ignore[arg-type]
+    inner, n_inner = _kl(q.base_dist, p.base_dist)  # type: ignore[attr-defined]
+    return inner, n_inner + n_q
 
 
-def _scaled(msg: Message, term: Tensor) -> Tensor:
+def _log_prob(fn: Any, value: Tensor) -> tuple[Tensor, int]:
+    """log p(value), and how many of its last dimensions are still to be summed."""
+    if type(fn) is not dist.Independent:
+        return fn.log_prob(value), 0
+    inner, n_inner = _log_prob(fn.base_dist, value)
+    return inner, n_inner + fn.reinterpreted_batch_ndims
+
+
+def _scaled(msg: Message, term: Tensor, n_left: int = 0) -> Tensor:
+    """A site's term, masked, scaled and summed; its last ``n_left`` dimensions are those of one event."""
     mask, scale = msg["mask"], msg["scale"]
     if mask is False:
         return term.new_zeros(())
+    if n_left and (isinstance(mask, Tensor) or isinstance(scale, Tensor)):
+        term = term.sum(tuple(range(-n_left, 0)))
     if isinstance(mask, Tensor):
         term = torch.where(mask, term, 0.0)
     if isinstance(scale, Tensor):  # may differ between the elements
