@@ -20,7 +20,7 @@ from pyro_causalcell.evaluate import matching
 from pyro_causalcell.guides.temporal_scm import TemporalSCMGuide
 from pyro_causalcell.inference import Fit, elbo_terms, fit
 from pyro_causalcell.inference.engine import EagerStep, TracedStep
-from pyro_causalcell.inference.lagged_rotation import lagged_rotation
+from pyro_causalcell.inference.lagged_rotation import _MomentFit, _moments, lagged_rotation
 from pyro_causalcell.inference.pair import Pair
 from pyro_causalcell.models.temporal_scm import PRESETS, Mechanism, TemporalSCM
 from pyro_causalcell.predict import (
@@ -426,6 +426,23 @@ def test_axes_lagged_effects_shifts_and_cuts_are_read_off_unpaired_snapshots():
     assert_allclose(weight_vv, truth["weight_vv"], atol=0.12)
     assert (seen.cut_pv.numpy()[:, place] == truth["cut_pv"]).all()
     assert_allclose(seen.shift_pv.numpy()[:, place] * sign * sd, truth["shift_pv"], atol=0.3)
+
+
+def test_a_cut_that_descent_overlooked_is_tried():
+    """Its programme holds a share of the background, and the logit of the cut is where no gradient is."""
+    z_nk, u_np, time_n, truth = _linear_cells()
+    seen = _moments(z_nk, torch.tensor(u_np), time_n, np.zeros((3, 3)))
+    lagged_vv, shift_pv = truth["weight_vv"], truth["shift_pv"].astype(float)
+    start = _MomentFit.start(np.eye(2), np.array([[0.5], [0.0]]), lagged_vv, shift_pv)
+    start["cut_logit_pv"] = np.where(truth["cut_pv"], 3.0, -3.0)
+    start["cut_logit_pv"][2, 0] = -8.0
+    overlooked = start.polished(seen, 300)
+    assert not overlooked.cut()[2, 0] > 0.5
+    assert (2, 0) in overlooked.uncut(seen)
+    found = overlooked.with_cuts(seen)
+    assert ((found.cut() > 0.5) == truth["cut_pv"]).all()
+    assert found.loss < overlooked.loss - 1e-3
+    assert abs(found["background_vl"][0, 0]) < 0.1 < abs(overlooked["background_vl"][0, 0])
 
 
 @pytest.fixture(scope="module")
