@@ -307,6 +307,7 @@ def main() -> None:
     given = parser.parse_args()
 
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(given.precision)
     torch.set_flush_denormal(True)  # as fit does
     pyro.enable_validation(False)  # as fit does
     keep_freed_memory()  # as fit does

@@ -250,8 +250,7 @@ class TracedStep:
             with torch.random.fork_rng(devices=_cuda(batch)), pyro.validation_enabled(False):
                 return make_fx(step)(*self._inputs(batch, weights, copy=True))
         except Exception as error:  # whatever a user's model may do that cannot be recorded
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise NotTraceableError(f"{why}{_place(error, self.pair)}") from error
+            raise NotTraceableError(f"{_why(error)}{_place(error, self.pair)}") from error
 
     def _inputs(self, batch: Batch, weights: Mapping[str, float], copy: bool = False) -> list[Tensor]:
         state = [*self.program.parameters(), *self.program.buffers()]
@@ -323,6 +322,11 @@ class _RefuseValues(TorchDispatchMode):
         if reads or shapes:
             raise NotTraceableError(f"the result of {func} depends on values")
         return func(*args, **(kwargs or {}))
+
+
+def _why(error: BaseException) -> str:
+    """The first line of an error's message, or else its kind."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _place(error: BaseException, pair: Pair) -> str:
@@ -478,8 +482,7 @@ class _Graph:
         try:
             self.traced.capture(batch, weights)
         except Exception as error:  # a kernel that waits for the processor, memory that is short
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            warnings.warn(f"the compiled step is not replayed as a CUDA graph: {why}", stacklevel=2)
+            warnings.warn(f"the compiled step is not replayed as a CUDA graph: {_why(error)}", stacklevel=2)
 
 
 class Engine:

@@ -47,6 +47,11 @@ class _Snapshots(NamedTuple):
     mean_ctk: np.ndarray
     covariance_ctkk: np.ndarray
 
+    def later(self) -> np.ndarray:
+        """Which conditions were seen after the first snapshot, bool c."""
+        known_c: np.ndarray = np.isfinite(self.mean_ctk[:, 1:]).all(-1).any(1)
+        return known_c
+
     def mapped(self, map_jk: np.ndarray) -> "_Snapshots":
         return self._replace(
             mean_ctk=self.mean_ctk @ map_jk.T, covariance_ctkk=map_jk @ self.covariance_ctkk @ map_jk.T
@@ -297,6 +302,7 @@ class _MomentFit(dict[str, np.ndarray]):
         moved_ctv = np.nan_to_num(mean_ctv - mean_ctv[0])[1:, 1:]
         ends_cv = moved_ctv.min(1, initial=0.0), moved_ctv.max(1, initial=0.0)
         size_pv = np.maximum(*(np.abs(_by_target(seen.design_cp[1:], end_cv)) for end_cv in ends_cv))
+        size_pv[~(seen.design_cp[seen.later()] > 0).any(0)] = 0.0
         places = np.argwhere((size_pv > ALTERED_ABOVE) & (self.cut() < CUT_ABOVE))
         furthest = np.argsort(-size_pv[tuple(places.T)])[:MOST_CANDIDATES]
         return [(int(p), int(v)) for p, v in places[furthest]]
@@ -304,7 +310,7 @@ class _MomentFit(dict[str, np.ndarray]):
     def with_cut(self, seen: _Snapshots, p: int, v: int) -> "_MomentFit":
         """The same parameters, but p cuts v, and the axis of v is independent of the background under p."""
         n_v, n_l = self["background_vl"].shape
-        carries_c = seen.design_cp[:, p] > 0
+        carries_c = (seen.design_cp[:, p] > 0) & seen.later()
         alone_c = carries_c & (seen.design_cp.astype(bool).sum(1) == 1)
         here = seen.mapped(self.map_kk())
         rows = (alone_c if alone_c.any() else carries_c), slice(1, None)

@@ -439,6 +439,10 @@ def test_a_cut_that_descent_overlooked_is_tried():
     overlooked = start.polished(seen, 300)
     assert not overlooked.cut()[2, 0] > 0.5
     assert (2, 0) in overlooked.uncut(seen)
+    unseen = seen._replace(mean_ctk=seen.mean_ctk.copy(), design_cp=seen.design_cp.copy())
+    unseen.design_cp[3, 1] = 1  # target 2 is only there together with target 1, and never seen later
+    unseen.mean_ctk[3, 1:] = np.nan
+    assert {p for p, _ in overlooked.uncut(unseen)} == {0, 1}
     found = overlooked.with_cuts(seen)
     assert ((found.cut() > 0.5) == truth["cut_pv"]).all()
     assert found.loss < overlooked.loss - 1e-3
