@@ -9,7 +9,7 @@ from pyro.nn import PyroModule
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.distributions import Likelihood
-from pyro_causalcell.nets import MLP, Activation, Encoder, MaskedLinear, Norm
+from pyro_causalcell.nets import MLP, Activation, Encoder, JoinedLinear, MaskedLinear, Norm
 
 __all__ = ["DiscrepancyVAEGuide"]
 
@@ -64,14 +64,17 @@ class DiscrepancyVAEGuide(PyroModule):
             activation=activation,
         )
         if gene_sets:
-            mask_sg = torch.full((len(gene_sets), n_genes + n_batches), leak)
-            mask_sg[:, n_genes:] = 1.0  # batch columns belong to no set
+            mask_sg = torch.full((len(gene_sets), n_genes), leak)
             for s, genes in enumerate(gene_sets):
                 if not genes or min(genes) < 0 or max(genes) >= n_genes:
                     raise ValueError(f"gene set {s} must hold columns from 0 to {n_genes - 1}, found {genes}")
                 mask_sg[s, list(genes)] = 1.0
             assert isinstance(self.encoder.hidden, MLP)
-            self.encoder.hidden.layers[0] = MaskedLinear(mask_sg)
+            layers = self.encoder.hidden.layers
+            if isinstance(layers[0], JoinedLinear):  # batch columns belong to no set
+                layers[0].first = MaskedLinear(mask_sg)
+            else:
+                layers[0] = MaskedLinear(mask_sg)
 
     def forward(self, batch: Batch) -> None:
         """q(z | x) of the control cell in training, of the cell itself elsewhere."""

@@ -143,7 +143,7 @@ class SAMSVAE(PyroModule):
         elif self.mask != "none":
             rate_p = u_np.new_full((self.n_targets,), self.rate)
             if self.mask == "beta":
-                beta = dist.Beta(u_np.new_ones(self.n_targets), u_np.new_full((self.n_targets,), self.alpha))
+                beta = dist.Beta(u_np.new_ones(()), self.alpha).expand((self.n_targets,))
                 rate_p = pyro.sample("edge_rate", beta.to_event(1))  # p(π)
             rate_pk = rate_p.unsqueeze(-1).expand_as(gate_pk)
             gate_pk = pyro.sample("gate", Gate(rate_pk).to_event(2))  # p(m | π)

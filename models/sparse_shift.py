@@ -216,7 +216,7 @@ class SparseShift(PyroModule):
                 logit_pk = expected_gates("gate", loc_pk**2)
                 gate, loc_pk = Gate(logits=logit_pk), where_open(loc_pk, logit_pk)
             else:
-                beta = dist.Beta(u_np.new_ones(shape), u_np.new_full(shape, self.alpha))
+                beta = dist.Beta(u_np.new_ones(()), self.alpha).expand(shape)
                 gate = Gate(pyro.sample("edge_rate", beta.to_event(2)))  # p(π)
             gate_pk = pyro.sample("gate", gate.to_event(2))  # p(γ | π)
             edge_cost("min_effect", gate_pk, self.cost_p)

@@ -333,7 +333,7 @@ class TemporalSCM(PyroModule):
                 logit_pv = expected_gates("gate", shift[0] ** 2)
                 gate, shift = Gate(logits=logit_pv), (where_open(shift[0], logit_pv), shift[1])
             else:
-                beta = dist.Beta(gate_pv, float(self.n_targets) * gate_pv)
+                beta = dist.Beta(gate_pv.new_ones(()), float(self.n_targets)).expand(gate_pv.shape)
                 gate = Gate(pyro.sample("gate_rate", beta.to_event(2)))  # p(π)
             gate_pv = pyro.sample("gate", gate.to_event(2))  # p(γ | π)
             edge_cost("min_effect", gate_pv, cost_p)

@@ -233,7 +233,7 @@ class WeightVariantSCM(PyroModule):
                     name: (where_open(loc, logit_pv), sd) for name, (loc, sd) in gated.items()
                 }
             else:
-                beta = dist.Beta(gate_pv, float(self.n_targets) * gate_pv)
+                beta = dist.Beta(gate_pv.new_ones(()), float(self.n_targets)).expand(gate_pv.shape)
                 gate = Gate(pyro.sample("gate_rate", beta.to_event(2)))  # p(π)
             gate_pv = pyro.sample("gate", gate.to_event(2))  # p(γ | π)
             edge_cost("min_effect", gate_pv, self.cells_p * self.min_effect**2 / 2)

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroParam
 from torch import Tensor
-from torch.distributions import constraints, kl_divergence, register_kl
+from torch.distributions import constraints, register_kl
 from torch.distributions.utils import broadcast_all
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import logsigmoid, softplus
@@ -272,22 +272,28 @@ class _NBLogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
-        x, theta, log_mean, by_log_mean, by_theta = ctx.saved_tensors
+        x, theta, log_mean, by_log_odds, by_theta = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # second derivatives are asked for
-            slopes = torch.digamma(x + theta) - torch.digamma(theta)
             log_odds = log_mean - theta.log()
-            by_log_mean = x * torch.sigmoid(-log_odds) - theta * torch.sigmoid(log_odds)
-            by_theta = slopes - softplus(log_odds) - by_log_mean / theta
-        theta_grad = _summed_as(grad * by_theta, theta) if wanted[0] else None
-        return None, theta_grad, (grad * by_log_mean).sum_to_size(log_mean.shape) if wanted[1] else None
+            by_log_odds = x * torch.sigmoid(-log_odds) - theta * torch.sigmoid(log_odds)
+            by_theta = torch.digamma(x + theta) - torch.digamma(theta) - softplus(log_odds)
+        odds_grad = grad * by_log_odds
+        theta_grad = None
+        if wanted[0]:
+            theta_grad = _summed_as(grad, by_theta, theta) - _summed_as(grad, by_log_odds, theta) / theta
+        return None, theta_grad, odds_grad.sum_to_size(log_mean.shape) if wanted[1] else None
 
 
-def _summed_as(value: Tensor, theta: Tensor) -> Tensor:
-    """Summed to the shape of θ. For a sum over cells a compiler would work the values out again."""
-    if value.dim() == 2 and theta.dim() == 1:
-        return (value.new_ones(1, len(value)) @ value).sum_to_size(1, len(theta)).squeeze(0)
-    return value.sum_to_size(theta.shape)
+def _summed_as(grad: Tensor, slope: Tensor, theta: Tensor) -> Tensor:
+    """grad · slope, summed to the shape of θ. For a sum over cells a compiler would work it out again."""
+    if grad.dim() == 2 and theta.dim() == 1:
+        if grad.stride(1) == 0:  # the same for all genes of a cell
+            weight_1n, value = grad[:, :1].t(), slope
+        else:
+            weight_1n, value = grad.new_ones(1, len(grad)), grad * slope
+        return (weight_1n @ value).sum_to_size(1, len(theta)).squeeze(0)
+    return (grad * slope).sum_to_size(theta.shape)
 
 
 def _has_fixed_operations(x: Tensor, differentiable: bool) -> bool:
@@ -304,11 +310,11 @@ def _with_mean(
     wanted: bool,
     out: Sequence[Tensor | None] = (None, None, None),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """log NB from its terms in x and θ; its gradients in log mean and θ. Written to ``out``, where given.
+    """log NB from its terms in x and θ; its gradients in o and θ. Written to ``out``, where given.
 
-    With o = log m − log θ: log NB = counts − θ softplus(o) − x softplus(−o), and ∂ log NB / ∂ log m =
-    x sigmoid(−o) − θ sigmoid(o). One term for each side: θ log θ − (x + θ) log(θ + m) would cancel digits
-    where θ or x is large.
+    With o = log m − log θ: log NB = counts − θ softplus(o) − x softplus(−o). Its gradients in o and, with o
+    held, in θ are x sigmoid(−o) − θ sigmoid(o) and slopes − softplus(o). One term for each side:
+    θ log θ − (x + θ) log(θ + m) would cancel digits where θ or x is large.
     """
     log_odds = log_mean - theta.log()
     below = log_odds.clamp(max=0)
@@ -324,10 +330,8 @@ def _with_mean(
     # softplus of −o and o, negated; memory at hand is warm
     less_x, less_theta = below.sub_(log_sum), torch.sub(above, log_sum, out=out[2])
     log_prob = torch.addcmul(counts, theta, less_theta, out=out[0]).addcmul_(x, less_x)
-    by_log_mean = torch.mul(x_share, x, out=out[1]).addcmul_(theta, theta_share, value=-1).div_(both.add_(1))
-    if slopes is None:
-        return log_prob, by_log_mean, None
-    return log_prob, by_log_mean, less_theta.addcdiv_(by_log_mean, theta, value=-1).add_(slopes)
+    by_log_odds = torch.mul(x_share, x, out=out[1]).addcmul_(theta, theta_share, value=-1).div_(both.add_(1))
+    return log_prob, by_log_odds, None if slopes is None else less_theta.add_(slopes)
 
 
 def _gamma_terms(x: Tensor, theta: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
@@ -879,8 +883,40 @@ def _kl_uncertain_mean(q: dist.Normal, p: UncertainMeanNormal) -> Tensor:
 
 @register_kl(dist.Beta, dist.Beta)
 def _kl_beta(q: dist.Beta, p: dist.Beta) -> Tensor:
-    """By all concentrations at once: torch's own form takes them apart, eight times over."""
-    return kl_divergence(q._dirichlet, p._dirichlet)
+    prior = p._dirichlet.concentration
+    for dim, stride in enumerate(prior.stride() if q.batch_shape == p.batch_shape else ()):
+        if stride == 0:  # expanded: the same for all
+            prior = prior.narrow(dim, 0, 1)
+    found: Tensor = _BetaKL.apply(q._dirichlet.concentration, prior)
+    return found
+
+
+class _BetaKL(torch.autograd.Function):
+    """KL of Beta distributions by both concentrations of each at once, with its gradients.
+
+    torch takes them apart, eight times over, and works out what cancels in the gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, p: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        ctx.save_for_backward(q, p)
+        total_q, total_p = q.sum(-1, keepdim=True), p.sum(-1, keepdim=True)
+        each = torch.lgamma(p) - torch.lgamma(q) + (q - p) * torch.digamma(q)
+        both = torch.lgamma(total_q) - torch.lgamma(total_p) - (total_q - total_p) * torch.digamma(total_q)
+        return (each.sum(-1, keepdim=True) + both).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+        q, p = ctx.saved_tensors
+        total_q, total_p = q.sum(-1, keepdim=True), p.sum(-1, keepdim=True)
+        by_q = by_p = None
+        if ctx.needs_input_grad[0]:
+            by_q = (q - p) * torch.polygamma(1, q) - (total_q - total_p) * torch.polygamma(1, total_q)
+            by_q = (grad.unsqueeze(-1) * by_q).sum_to_size(q.shape)
+        if ctx.needs_input_grad[1]:
+            slopes_p, slopes_q = (torch.digamma(c) - torch.digamma(c.sum(-1, keepdim=True)) for c in (p, q))
+            by_p = (grad.unsqueeze(-1) * (slopes_p - slopes_q)).sum_to_size(p.shape)
+        return by_q, by_p
 
 
 @register_kl(GatedNormal, GatedNormal)
@@ -891,4 +927,6 @@ def _kl_gated(q: GatedNormal, p: GatedNormal) -> Tensor:
 
 @register_kl(Gate, Gate)
 def _kl_gate(q: Gate, p: Gate) -> Tensor:
-    return -q.entropy() - p.log_prob(q.probs)  # log p is linear: its mean is its value at the mean
+    logit_p = p.logits if "logits" in vars(p) else torch.logit(p.probs, eps=torch.finfo(p.probs.dtype).eps)
+    closed = logsigmoid(-q.logits) - logsigmoid(-logit_p)
+    return torch.addcmul(closed, q.probs, q.logits - logit_p)

@@ -16,7 +16,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from typing import Any
 import pyro
 import torch
 from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -87,10 +89,10 @@ def keep_freed_memory() -> None:
 class EagerStep:
     """Loss terms and gradients of one training step of a pair, by Pyro.
 
-    While the pair runs, two costs of a small step are saved. Large products of ``nn.Linear`` go to oneDNN
-    where that is faster. And Pyro tells handlers of every parameter of the plain modules that a PyroModule
-    holds, but does not use their answer: such modules are made plain attributes meanwhile, which it does not
-    see.
+    While the pair runs, some costs of a small step are saved. Large products of ``nn.Linear`` go to oneDNN
+    where that is faster. And Pyro tells handlers of every parameter that is read. It does not use their
+    answer for the plain modules that a PyroModule holds: these are made plain attributes meanwhile, which it
+    does not see. So are, after the first step, the parameters that came past all handlers as they were.
 
     Args:
         pair: The pair. Modules that it gets later run as they are.
@@ -102,11 +104,14 @@ class EagerStep:
         modules = [m for side in (pair.model, pair.guide) for m in side.modules()]
         self.layers = [m for m in modules if type(m) is nn.Linear and TAKES_ONEDNN]
         self.holders = [m for m in modules if isinstance(m, PyroModule)]
+        self.unaltered: set[Tensor] | None = None
 
     def __call__(self, batch: Batch, weights: Mapping[str, float]) -> Terms:
         """Add the gradients of the loss in nats per cell to the parameters' ``grad``; returns the terms."""
-        with self._shortened():
+        with self._shortened(), _Reads() if self.unaltered is None else nullcontext() as reads:
             terms = elbo_terms(self.pair.model, self.pair.guide, batch, weights, self.n_particles)
+        if reads is not None:
+            self.unaltered = reads.unaltered
         _loss(terms, batch).backward()
         return {name: term.detach() for name, term in terms.items()}
 
@@ -118,6 +123,8 @@ class EagerStep:
         for holder in self.holders:
             plain = (c for c in holder._modules.items() if not isinstance(c[1], PyroModule))
             found += [(holder, name, child) for name, child in plain]
+            read = (name for name, p in holder._parameters.items() if p in (self.unaltered or ()))
+            found += [(holder, name, getattr(holder, name)) for name in map(_given_name, read)]
         found = [(module, name, value) for module, name, value in found if name not in module.__dict__]
         for module, name, value in found:
             module.__dict__[name] = value
@@ -126,6 +133,26 @@ class EagerStep:
         finally:
             for module, name, _ in found:
                 module.__dict__.pop(name, None)
+
+
+class _Reads(Messenger):
+    """Sees which parameters come past the handlers inside the pair as they are.
+
+    No prior was put on them, and no plate takes some of their rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unaltered: set[Tensor] = set()
+
+    def _pyro_post_param(self, msg: Message) -> None:
+        if hasattr(msg["value"], "unconstrained") and msg["kwargs"].get("event_dim") is None:
+            self.unaltered.add(msg["value"].unconstrained())
+
+
+def _given_name(name: str) -> str:
+    """The name by which a PyroModule gives its parameter."""
+    return name.removesuffix("_unconstrained")
 
 
 def _loss(terms: Terms, batch: Batch) -> Tensor:
@@ -168,7 +195,6 @@ class TracedStep:
         self.key = self._key(batch, weights)
         self.graph = self._record(batch, weights)
         _keep_draws(self.graph)
-        _narrow_products(self.graph)
         if batch.u_np.device.type == "cpu" and TAKES_ONEDNN:
             _choose_library(self.graph)
         self.run: Callable[..., Sequence[Tensor]] = self.graph
@@ -397,33 +423,6 @@ def _keep_draws(graph: GraphModule) -> None:
     calls = (node for node in graph.graph.nodes if node.op == "call_function")
     seeded = (c for c in calls if torch.Tag.nondeterministic_seeded in getattr(c.target, "tags", ()))
     output.args = ([*output.args[0], *(c for c in seeded if isinstance(c.meta["val"], Tensor))],)
-    graph.recompile()
-
-
-def _narrow_products(graph: GraphModule) -> None:
-    """Of matrix products of which some columns are used, compute those alone.
-
-    An encoder that sees counts beside something that learns needs gradients of the latter, and autograd gives
-    those of all inputs.
-    """
-    aten = torch.ops.aten
-    for view in graph.graph.find_nodes(op="call_function", target=aten.view.default):
-        if view.meta["tensor_meta"].shape == view.args[0].meta["tensor_meta"].shape:
-            view.replace_all_uses_with(view.args[0])
-            graph.graph.erase_node(view)
-    for product in graph.graph.find_nodes(op="call_function", target=aten.mm.default):
-        pieces = list(product.users)
-        if not pieces or not all(p.target is aten.slice.Tensor and p.args[1] == 1 for p in pieces):
-            continue
-        left, right = product.args
-        for piece in pieces:
-            with graph.graph.inserting_before(piece):
-                columns = graph.graph.call_function(aten.slice.Tensor, (right, *piece.args[1:]))
-                narrow = graph.graph.call_function(aten.mm.default, (left, columns))
-            narrow.meta = piece.meta
-            piece.replace_all_uses_with(narrow)
-            graph.graph.erase_node(piece)
-        graph.graph.erase_node(product)
     graph.recompile()
 
 

@@ -648,3 +648,26 @@ def test_nb_on_a_gpu_equals_the_cpu():
     nb = NegativeBinomial(inverse_dispersion=theta_g.cuda(), log_mean=log_mean_ng.cuda())
     torch.testing.assert_close(nb.log_prob(x_ng.cuda()).cpu(), cpu, rtol=1e-4, atol=1e-3)
     assert nb.sample().is_cuda
+
+
+@pytest.mark.parametrize(
+    ("of_q", "of_p", "expanded"),
+    [
+        ((3, 4), (3, 4), None),
+        ((3, 4), (), (3, 4)),
+        ((3, 4), (), None),
+        ((2, 1), (5,), None),
+        ((4,), (4,), (3, 4)),
+    ],
+)
+def test_kl_of_betas_is_that_of_torch_with_both_derivatives(of_q, of_p, expanded):
+    shapes = (of_q, of_q, of_p, of_p)
+    given = [(torch.rand(shape).double() * 3 + 0.3).requires_grad_() for shape in shapes]
+
+    def kl(a, b, c, d, beta=dist.Beta):
+        prior = beta(c, d)
+        return kl_divergence(beta(a, b), prior.expand(expanded) if expanded else prior)
+
+    expected = kl(*given, beta=torch.distributions.Beta)
+    torch.testing.assert_close(kl(*given), expected)
+    assert torch.autograd.gradcheck(kl, given) and torch.autograd.gradgradcheck(kl, given)

@@ -37,6 +37,19 @@ def test_settings_of_hidden_layers():
         MLP(5, norm="instance")
 
 
+def test_what_lies_beside_the_inputs_has_weights_of_its_own():
+    torch.manual_seed(0)
+    net = MLP(5, 8, n_extra=3)
+    torch.manual_seed(0)
+    plain = MLP(8, 8)  # the same start as of one matrix
+    x, columns, design = torch.randn(2, 7, 5), torch.randn(2, 7, 1), torch.randn(2, 7, 2, requires_grad=True)
+    hidden = net(x, columns, design)
+    torch.testing.assert_close(hidden, plain(torch.cat([x, columns, design], -1)))
+    hidden.sum().backward()
+    assert design.grad is not None and bool((net.layers[0].extra.weight.grad != 0).any())
+    assert isinstance(MLP(5, 8).layers[0], torch.nn.Linear)
+
+
 @pytest.mark.parametrize(
     ("activation", "expected"),
     [("relu", [0.0, 0.0, 2.0]), ("leaky_relu", [-0.4, 0.0, 2.0]), ("silu", [-0.238406, 0.0, 1.761594])],

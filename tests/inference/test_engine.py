@@ -9,7 +9,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import TraceMeanField_ELBO
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroParam
+from pyro.poutine.messenger import Messenger
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -198,6 +199,50 @@ def test_an_eager_step_runs_what_the_pair_holds_now(build, batch):
     step(batch, {})
     assert seen == [batch.n_cells] and "forward" in layer.__dict__
     assert layer.weight.grad is not None
+
+
+class Doubles(Messenger):
+    """Doubles all parameters that are read under it."""
+
+    def _pyro_param(self, msg):
+        msg["value"], msg["done"] = 2 * msg["fn"](*msg["args"], **msg["kwargs"]), True
+
+
+class Scales(PyroModule):
+    """x ~ Normal(0, width · some): one parameter is as it is, one altered by a handler, one taken by rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = PyroParam(torch.tensor(3.0), constraint=dist.constraints.positive)
+        self.altered = PyroParam(torch.tensor(0.5))
+        self.rows = PyroParam(torch.arange(1.0, 7.0), event_dim=0)
+
+    def forward(self, batch: Batch) -> None:
+        with pyro.plate("cells", batch.n_total, subsample=batch.index_n), Doubles():
+            altered = self.altered
+        with pyro.plate("rows", 6, subsample=batch.index_n):
+            scale_n = self.plain * altered * self.rows
+            pyro.sample("x", dist.Normal(0.0, scale_n.unsqueeze(-1)).to_event(1), obs=batch.x_ng)
+
+
+class NoLatents(PyroModule):
+    def forward(self, batch: Batch) -> None:
+        pass
+
+
+def test_parameters_are_read_past_handlers_where_no_handler_minds():
+    x_ng = torch.randn(3, 4)
+    zero = torch.zeros(3, 0)
+    batch = Batch(x_ng, zero, zero, zero, torch.zeros(3, dtype=torch.long), torch.tensor([1, 3, 5]), 6)
+    expected = 2 * torch.distributions.Normal(0.0, torch.tensor([[6.0], [12.0], [18.0]])).log_prob(x_ng).sum()
+    pair = Pair(Scales(), NoLatents())
+    step, grads = EagerStep(pair), []
+    for _ in range(2):
+        pair.model.zero_grad()
+        torch.testing.assert_close(step(batch, {})["x"], expected)
+        grads.append([p.grad.clone() for p in pair.model.parameters()])
+    torch.testing.assert_close(*grads)
+    assert step.unaltered == {pair.model.plain_unconstrained}
 
 
 class Reads(PyroModule):

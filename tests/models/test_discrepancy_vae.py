@@ -255,10 +255,9 @@ def test_planted_interventions_are_matched_and_the_unseen_double_follows(planted
 
 def test_a_unit_sees_its_gene_set_and_little_else():
     guide = DiscrepancyVAEGuide(4, 2, gene_sets=[[0, 1], [2]], leak=0.0)
-    first = guide.encoder.hidden.layers[0]
-    assert first.weight.shape == (2, 6) and len(guide.encoder.hidden.layers) == 2
-    inputs = torch.eye(6)
-    reached = (first(inputs) - first.bias != 0).tolist()
+    layer = guide.encoder.hidden.layers[0]  # of 4 genes and 2 batch columns
+    assert layer.first.weight.shape == (2, 4) and len(guide.encoder.hidden.layers) == 2
+    reached = (layer(tuple(torch.eye(6).split([4, 2], 1))) - layer.first.bias != 0).tolist()
     assert reached == [
         [True, False],
         [True, False],
@@ -267,8 +266,8 @@ def test_a_unit_sees_its_gene_set_and_little_else():
         [True, True],
         [True, True],
     ]
-    leaky = DiscrepancyVAEGuide(4, 2, gene_sets=[[0, 1], [2]], leak=0.25).encoder.hidden.layers[0]
-    torch.testing.assert_close((leaky(inputs) - leaky.bias)[3], 0.25 * leaky.weight[:, 3])
+    leaky = DiscrepancyVAEGuide(4, gene_sets=[[0, 1], [2]], leak=0.25).encoder.hidden.layers[0]
+    torch.testing.assert_close((leaky(torch.eye(4)) - leaky.bias)[3], 0.25 * leaky.weight[:, 3])
 
 
 @pytest.mark.parametrize("bad", [[0, 4], [-1], []])
@@ -283,9 +282,9 @@ def test_a_gmt_file_makes_the_layer(tiny_screen, tmp_path):
     path.write_text("low\t\tgene0\tgene1\tgene2\nhigh\t\tgene5\tgene6\tgene7\n")
     sets = gene_sets(path, tiny_screen.genes, min_genes=3)
     pair = build_pair("discrepancy-vae", None, tiny_screen.dims(), {"gene_sets": list(sets.values())})
-    mask_sg = pair.guide.encoder.hidden.layers[0].mask_oi
+    mask_sg = pair.guide.encoder.hidden.layers[0].first.mask_oi
     names = np.array(tiny_screen.genes)
-    assert [list(names[row[:20] == 1]) for row in mask_sg] == [
+    assert [list(names[row == 1]) for row in mask_sg] == [
         ["gene0", "gene1", "gene2"],
         ["gene5", "gene6", "gene7"],
     ]

@@ -218,7 +218,7 @@ def test_beta_posterior_is_the_conjugate_update(batch):
 def test_what_the_encoder_knows_of_the_intervention(batch, intervention, sees):
     guide = _guide(intervention=intervention, gates="open").eval()
     if intervention == "prior":  # it starts without an opinion
-        prior_weight = guide.encoder.hidden.layers[0].weight[:, -4:]
+        prior_weight = guide.encoder.hidden.layers[0].extra.weight[:, -4:]
         assert bool((prior_weight == 0).all())
         torch.nn.init.normal_(prior_weight.data)
     guide.shift_loc, guide.shift_scale = torch.full((3, 4), 3.0), torch.full((3, 4), 1e-3)
