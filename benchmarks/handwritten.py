@@ -1,10 +1,15 @@
-"""Training losses of three pairs with their default gates, each written by hand in torch for one model."""
+"""Training losses of three pairs with their default gates, each written by hand in torch for one model.
 
+Networks are the pair's own layers, called as one would write it: log1p of the counts, all inputs of a layer
+as one matrix.
+"""
+
+import copy
 import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Beta
 from torch.nn.functional import logsigmoid
 
@@ -16,10 +21,10 @@ from pyro_causalcell.guides.weight_variant_scm import WeightVariantSCMGuide
 from pyro_causalcell.models.sparse_shift import SparseShift
 from pyro_causalcell.models.temporal_scm import LEAST_SCALE, TemporalSCM
 from pyro_causalcell.models.weight_variant_scm import WeightVariantSCM
-from pyro_causalcell.nets import AdditiveMaps
+from pyro_causalcell.nets import AdditiveMaps, Decoder, Encoder, JoinedLinear
 from pyro_causalcell.penalties import mmd_by_group
 
-__all__ = ["FastNB", "sparse_shift", "temporal_scm", "weight_variant_scm"]
+__all__ = ["FastNB", "plain_layers", "sparse_shift", "temporal_scm", "weight_variant_scm"]
 
 
 class FastNB(torch.autograd.Function):
@@ -30,7 +35,7 @@ class FastNB(torch.autograd.Function):
         """log NB, shape n, g."""
         terms = _series_terms(x_ng, theta_g, True)
         log_prob_ng, by_log_mean_ng, by_theta_ng = _with_mean(*terms, x_ng, theta_g, log_mean_ng, True)
-        ctx.save_for_backward(by_log_mean_ng, by_theta_ng)
+        ctx.save_for_backward(by_log_mean_ng, by_theta_ng.addcdiv_(by_log_mean_ng, theta_g, value=-1))
         return log_prob_ng
 
     @staticmethod
@@ -61,9 +66,9 @@ def sparse_shift(model: SparseShift, guide: SparseShiftGuide, batch: Batch, fast
 
     prior_loc_nk = batch.u_np @ (gate_pk * shift_pk)
     prior_var_nk = batch.u_np**2 @ (gate_pk * (1 - gate_pk) * shift_pk**2)
-    loc_nk, scale_nk = guide.encoder(batch.x_ng, batch.batch_nb, prior_loc_nk)
+    loc_nk, scale_nk = _encode(guide.encoder, batch.x_ng, batch.batch_nb, prior_loc_nk)
     z_nk = loc_nk + scale_nk * torch.randn_like(loc_nk)
-    logit_ng = model.decoder(z_nk, batch.batch_nb)
+    logit_ng = _decode(model.decoder, z_nk, batch.batch_nb)
 
     kl_rate_and_gate = _kl_gates(logit_pk, rate_pk, alpha)
     kl_shift = _kl_normal(shift_loc_pk, shift_scale_pk, tau)
@@ -250,8 +255,45 @@ def _encoded(guide: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Location and scale of the cells, location of their control cells."""
     assert batch.x_ng is not None and batch.control is not None and batch.control.x_ng is not None
     x_ng = torch.cat([batch.x_ng, batch.control.x_ng])
-    loc, scale = guide.encoder(x_ng, torch.cat([batch.batch_nb, batch.control.batch_nb]))
+    loc, scale = _encode(guide.encoder, x_ng, torch.cat([batch.batch_nb, batch.control.batch_nb]))
     return loc[: batch.n_cells], scale[: batch.n_cells], loc[batch.n_cells :]
+
+
+def _encode(encoder: Encoder, x_ng: Tensor, *extra: Tensor) -> tuple[Tensor, Tensor]:
+    """Location and scale of z."""
+    hidden = _hidden(encoder.hidden, torch.log1p(x_ng) if encoder.log_input else x_ng, *extra)
+    return encoder.loc(hidden), encoder.log_scale(hidden).exp() + encoder.min_scale
+
+
+def _decode(decoder: Decoder, *parts: Tensor) -> Tensor:
+    """Logits of the genes."""
+    logit_ng: Tensor = decoder.output(_hidden(decoder.hidden, *parts))
+    return logit_ng
+
+
+def _hidden(net: Any, *parts: Tensor) -> Tensor:
+    """Hidden units, of one input."""
+    first, *others = net.layers
+    if isinstance(first, JoinedLinear):
+        weight, bias = torch.cat([first.first.weight, first.extra.weight], 1), first.first.bias
+    else:
+        weight, bias = first.weight, first.bias
+    hidden = nn.functional.linear(torch.cat(parts, -1), weight, bias)
+    for layer in others:
+        hidden = layer(hidden)
+    return hidden
+
+
+def plain_layers(guide: nn.Module) -> nn.Module:
+    """A copy of a guide, the first layer of its encoder a plain one: so is it written by hand."""
+    guide = copy.deepcopy(guide)
+    layers: Any = guide.encoder.hidden.layers  # type: ignore[union-attr]
+    if isinstance(layers[0], JoinedLinear):
+        weight_oi = torch.cat([layers[0].first.weight, layers[0].extra.weight], 1)
+        plain = nn.Linear(weight_oi.shape[1], weight_oi.shape[0])
+        plain.weight.data, plain.bias.data = weight_oi.data, layers[0].first.bias.data
+        layers[0] = plain
+    return guide
 
 
 def _kl_gates(logit_pk: Tensor, rate_pk: Tensor, alpha: float) -> Tensor:
@@ -282,7 +324,7 @@ def _kl_normal(loc: Tensor, scale: Tensor, width: float) -> Tensor:
 def _log_x(model: Any, z_nk: Tensor, batch: Batch, fast: bool) -> Tensor:
     """log p(x | z) of each cell."""
     assert batch.x_ng is not None
-    logit_ng = model.decoder(z_nk, batch.batch_nb)
+    logit_ng = _decode(model.decoder, z_nk, batch.batch_nb)
     return _log_likelihood(model, logit_ng, batch.x_ng, batch.library_n1, fast).sum(-1)
 
 
