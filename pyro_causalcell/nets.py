@@ -125,6 +125,16 @@ class JoinedLinear(nn.Module):
         output: Tensor = self.first(parts[0]) + self.extra(parts[1])
         return output
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Weights of one matrix, which older runs have, are taken apart."""
+        if f"{prefix}weight" in state_dict:
+            weights = state_dict.pop(f"{prefix}weight").split(
+                [self.first.in_features, self.extra.in_features], 1
+            )
+            state_dict[f"{prefix}first.weight"], state_dict[f"{prefix}extra.weight"] = weights
+            state_dict[f"{prefix}first.bias"] = state_dict.pop(f"{prefix}bias")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class MaskedLinear(nn.Linear):
     """A linear layer whose weights are multiplied by a fixed mask.

@@ -48,6 +48,9 @@ def test_what_lies_beside_the_inputs_has_weights_of_its_own():
     hidden.sum().backward()
     assert design.grad is not None and bool((net.layers[0].extra.weight.grad != 0).any())
     assert isinstance(MLP(5, 8).layers[0], torch.nn.Linear)
+    other = MLP(5, 8, n_extra=3)
+    other.load_state_dict(plain.state_dict())  # of a run from before it had
+    torch.testing.assert_close(other(x, columns, design), hidden)
 
 
 @pytest.mark.parametrize(
