@@ -278,11 +278,12 @@ class _NBLogProb(torch.autograd.Function):
             log_odds = log_mean - theta.log()
             by_log_odds = x * torch.sigmoid(-log_odds) - theta * torch.sigmoid(log_odds)
             by_theta = torch.digamma(x + theta) - torch.digamma(theta) - softplus(log_odds)
-        odds_grad = grad * by_log_odds
-        theta_grad = None
+        theta_grad = mean_grad = None
         if wanted[0]:
             theta_grad = _summed_as(grad, by_theta, theta) - _summed_as(grad, by_log_odds, theta) / theta
-        return None, theta_grad, odds_grad.sum_to_size(log_mean.shape) if wanted[1] else None
+        if wanted[1]:
+            mean_grad = (grad * by_log_odds).sum_to_size(log_mean.shape)
+        return None, theta_grad, mean_grad
 
 
 def _summed_as(grad: Tensor, slope: Tensor, theta: Tensor) -> Tensor:
@@ -927,6 +928,7 @@ def _kl_gated(q: GatedNormal, p: GatedNormal) -> Tensor:
 
 @register_kl(Gate, Gate)
 def _kl_gate(q: Gate, p: Gate) -> Tensor:
+    """In logits l: log φ = l + log(1 − φ), and log(1 − φ) = −softplus(l)."""
     logit_p = p.logits if "logits" in vars(p) else torch.logit(p.probs, eps=torch.finfo(p.probs.dtype).eps)
     closed = logsigmoid(-q.logits) - logsigmoid(-logit_p)
     return torch.addcmul(closed, q.probs, q.logits - logit_p)
