@@ -15,6 +15,7 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import precision_recall_fscore_support
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_predict
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pyro_causalcell.errors import DataError
@@ -48,6 +49,7 @@ def recovery(
     graph_true_pk: NDArray[Any] | None = None,
     graph_est_pk: NDArray[Any] | None = None,
     trained_p: NDArray[Any] | None = None,
+    fitted_on: tuple[NDArray[Any], NDArray[Any]] | None = None,
     threshold: float = 0.5,
     n_kernel_cells: int = 1000,
     seed: int = 0,
@@ -63,8 +65,10 @@ def recovery(
         graph_true_pk: true targets, [interventions, true latents], boolean.
         graph_est_pk: estimated targets, [interventions, estimated latents], boolean or probabilities.
         trained_p: mask or numbers of the interventions that were trained; all of them if None.
+        fitted_on: true and estimated latents of other cells, such as the training cells, for regressions that
+            are fitted on those and scored on these.
         threshold: probability above which an edge counts as found.
-        n_kernel_cells: cells of the random subsample for the kernel regression.
+        n_kernel_cells: cells of the random subsamples for the kernel regressions.
         seed: seed of the folds and of the subsample.
 
     Returns:
@@ -77,6 +81,9 @@ def recovery(
         - ``r2_kernel``: the same with kernel ridge regression; RBF kernel of median width, ridge chosen
           within the training folds. Its level depends on ``n_kernel_cells``: compare at equal numbers.
         - ``r2_linear_insample``: the linear R2 on the cells it was fitted to, as the paper's code has it.
+
+        With ``fitted_on``: ``r2_linear_held_out`` and ``r2_kernel_held_out``, the same two regressions fitted
+        on those cells and scored on all of these.
 
         With both graphs:
 
@@ -103,13 +110,21 @@ def recovery(
     folds = KFold(_FOLDS, shuffle=True, random_state=seed)
     linear = LinearRegression()
     few = np.random.default_rng(seed).permutation(len(true_nk))[:n_kernel_cells]
+    kernel = _kernel_regression(est_nk[few])
     scores = {
         "pearson_mcc": float(np.abs(pearson.correlation_m).sum() / n_true),
         "spearman_mcc": float(np.abs(spearman.correlation_m).sum() / n_true),
         "r2_linear": r2(true_nk, as_2d(cross_val_predict(linear, est_nk, true_nk, cv=folds))),
-        "r2_kernel": r2(true_nk[few], _kernel_prediction(true_nk[few], est_nk[few], folds)),
+        "r2_kernel": r2(true_nk[few], as_2d(cross_val_predict(kernel, est_nk[few], true_nk[few], cv=folds))),
         "r2_linear_insample": r2(true_nk, as_2d(linear.fit(est_nk, true_nk).predict(est_nk))),
     }
+    if fitted_on is not None:
+        true_mk, est_mk = checked_latents(*fitted_on)
+        linear.fit(est_mk, true_mk)
+        few = np.random.default_rng(seed).permutation(len(true_mk))[:n_kernel_cells]
+        kernel = _kernel_regression(est_mk[few]).fit(est_mk[few], true_mk[few])
+        scores["r2_linear_held_out"] = r2(true_nk, as_2d(linear.predict(est_nk)))
+        scores["r2_kernel_held_out"] = r2(true_nk, as_2d(kernel.predict(est_nk)))
     if graph_true_pk is None and graph_est_pk is None:
         return scores
     truth_pk, found_pk = _checked_graphs(graph_true_pk, graph_est_pk, n_true, est_nk.shape[1], threshold)
@@ -269,14 +284,13 @@ def r2(true_nk: Floats, predicted_nk: Floats) -> float:
     return float(np.where(constant, 0.0, 1 - residual / np.where(constant, 1.0, total)).mean())
 
 
-def _kernel_prediction(true_nk: Floats, est_nk: Floats, folds: KFold) -> Floats:
-    """Cross-validated prediction of the true latents by RBF kernel ridge regression."""
-    scaled = StandardScaler().fit_transform(est_nk)
-    median = float(np.median(pdist(scaled, "sqeuclidean")))
+def _kernel_regression(est_nk: Floats) -> Pipeline:
+    """RBF kernel ridge regression on standardised latents; kernel of the median width of these ones."""
+    scaler = StandardScaler()
+    median = float(np.median(pdist(scaler.fit_transform(est_nk), "sqeuclidean")))
     kernel_ridge = KernelRidge(kernel="rbf", gamma=1 / median if median > 0 else 1.0)
     search = GridSearchCV(kernel_ridge, {"alpha": _RIDGES}, cv=3)
-    regression = TransformedTargetRegressor(search, transformer=StandardScaler())
-    return as_2d(cross_val_predict(regression, scaled, true_nk, cv=folds))
+    return make_pipeline(scaler, TransformedTargetRegressor(search, transformer=StandardScaler()))
 
 
 def _graph_scores(

@@ -41,6 +41,20 @@ def test_order_sign_and_scale_of_latents_do_not_matter(z, rng):
     assert 0.8 < plain["pearson_mcc"] < 0.95
 
 
+def test_regressions_can_be_fitted_on_other_cells(z, rng):
+    learned = rng.standard_normal((600, 4))
+    bent = [np.arctan(1.5 * cells) for cells in (learned, z)]
+    scores = recovery(z, bent[1], fitted_on=(learned, bent[0]))
+    assert scores["r2_linear_held_out"] < 0.95 < 0.97 < scores["r2_kernel_held_out"]
+    other = recovery(z, bent[1], fitted_on=(learned, bent[0] @ np.diag([1, 1, 1, -1])))
+    assert other["r2_kernel_held_out"] < 0.8  # what was learned there does not hold here
+    assert other["r2_kernel"] == scores["r2_kernel"] and not any(
+        "held_out" in n for n in recovery(z, bent[1])
+    )
+    with pytest.raises(DataError, match="the same rows of both"):
+        recovery(z, z, fitted_on=(learned, z))
+
+
 def test_signed_matching_loses_edges_of_flipped_latents(z, rng):
     graph = rng.random((20, 4)) < 0.4
     flipped = recovery(z, -z, graph_true_pk=graph, graph_est_pk=graph)
