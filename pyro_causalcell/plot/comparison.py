@@ -187,23 +187,24 @@ def study_table(table: pd.DataFrame, oracle: str = "oracle") -> Figure:
     if missing:
         raise DataError(f"table lacks the columns {sorted(missing)}; it has {list(table)}.")
     ours = table[table["method"] != oracle]
-    settings, methods, metrics = (list(dict.fromkeys(ours[c])) for c in ("setting", "method", "metric"))
-    place = {method: y for y, method in enumerate(methods)}
+    metrics = list(dict.fromkeys(ours["metric"]))
+    methods = {
+        setting: list(dict.fromkeys(rows["method"])) for setting, rows in ours.groupby("setting", sort=False)
+    }
+    heights = [0.24 * len(names) + 0.5 for names in methods.values()]
     with style():
-        height = len(settings) * (0.24 * len(methods) + 0.5) + 0.9
-        figure = new_figure(2.5 * len(metrics) + 1.6, height)
-        panels = iter(axes_grid(figure, len(settings) * len(metrics), len(metrics)))
-        for setting in settings:
-            for j, metric in enumerate(metrics):
-                ax = next(panels)
+        figure = new_figure(2.5 * len(metrics) + 1.6, sum(heights) + 0.9)
+        panels = figure.subplots(len(methods), len(metrics), squeeze=False, height_ratios=heights)
+        for row, (setting, names) in zip(panels, methods.items(), strict=True):
+            place = {method: y for y, method in enumerate(names)}
+            for j, (ax, metric) in enumerate(zip(row, metrics, strict=True)):
                 here = table[(table["setting"] == setting) & (table["metric"] == metric)]
                 _study_panel(ax, here, place, oracle)
-                ax.set_yticks(range(len(methods)), methods if j == 0 else [""] * len(methods))
-                ax.set_ylim(len(methods) - 0.5, -0.5)
-                if j == 0:
-                    ax.set_title(str(setting))
-                if setting == settings[-1]:
-                    ax.set_xlabel(str(metric))
+                ax.set_yticks(range(len(names)), names if j == 0 else [""] * len(names))
+                ax.set_ylim(len(names) - 0.5, -0.5)
+            row[0].set_title(str(setting))
+        for ax, metric in zip(panels[-1], metrics, strict=True):
+            ax.set_xlabel(str(metric))
         figure.legend(handles=_study_legend(), loc="outside upper left", ncols=3)
     return figure
 

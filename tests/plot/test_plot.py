@@ -367,6 +367,15 @@ def test_oracle_is_a_line_and_not_a_row():
     assert any(list(line.get_xdata()) == [0.8, 0.8] for line in ax.lines)
 
 
+def test_a_setting_shows_the_methods_that_were_run_in_it():
+    table = _study()
+    figure = plot.study_table(table[(table["setting"] == "p = 5") | (table["method"] != "VAE")])
+    rows = [[t.get_text() for t in figure.axes[i].get_yticklabels()] for i in (0, 2)]
+    assert rows == [["VAE", "sVAE+"], ["sVAE+"]]
+    heights = [figure.axes[i].get_gridspec().get_height_ratios()[i // 2] for i in (0, 2)]
+    assert heights[0] > heights[1]
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
