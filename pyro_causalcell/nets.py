@@ -85,7 +85,13 @@ class MLP(nn.Module):
         Args:
             x: Inputs, shape (..., n_in).
             extra: What lies beside them, ``n_extra`` wide in all.
+
+        Raises:
+            ValueError: It is not as wide.
         """
+        width = sum(part.shape[-1] for part in extra)
+        if width != self.n_extra:
+            raise ValueError(f"expected {self.n_extra} columns beside the inputs, found {width}")
         given: Any = _rows(x)
         if self.n_extra:
             given = (given, _rows(torch.cat(extra, -1) if len(extra) > 1 else extra[0]))

@@ -51,6 +51,10 @@ def test_what_lies_beside_the_inputs_has_weights_of_its_own():
     other = MLP(5, 8, n_extra=3)
     other.load_state_dict(plain.state_dict())  # of a run from before it had
     torch.testing.assert_close(other(x, columns, design), hidden)
+    with pytest.raises(ValueError, match="expected 3 columns beside the inputs, found 1"):
+        other(x, columns)
+    with pytest.raises(ValueError, match="expected 0 columns beside the inputs, found 2"):
+        plain(torch.cat([x, columns, design], -1), design)  # would be overlooked
 
 
 @pytest.mark.parametrize(
