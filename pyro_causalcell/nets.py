@@ -94,7 +94,7 @@ class MLP(nn.Module):
             raise ValueError(f"expected {self.n_extra} columns beside the inputs, found {width}")
         given: Any = _rows(x)
         if self.n_extra:
-            given = (given, _rows(torch.cat(extra, -1) if len(extra) > 1 else extra[0]))
+            given = (given, _rows(torch.cat(extra, -1)))
         hidden: Tensor = self.layers(given)
         return hidden.reshape(*x.shape[:-1], hidden.shape[-1])
 

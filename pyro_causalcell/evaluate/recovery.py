@@ -93,8 +93,8 @@ def recovery(
           the paper's code. It matches on the signed correlation and scores all interventions, trained or not.
 
     Raises:
-        DataError: if shapes do not agree, a value is not finite, only one graph is given, or there are fewer
-            than 30 cells.
+        DataError: if shapes or numbers of latents do not agree, a value is not finite, only one graph is
+            given, or there are fewer than 30 cells.
 
     Source: Lopez et al. 2023, section 4.1, and their published code for the variants.
     """
@@ -120,6 +120,11 @@ def recovery(
     }
     if fitted_on is not None:
         true_mk, est_mk = checked_latents(*fitted_on)
+        if (true_mk.shape[1], est_mk.shape[1]) != (n_true, est_nk.shape[1]):
+            raise DataError(
+                f"expected {n_true} true and {est_nk.shape[1]} estimated latents in fitted_on, found "
+                f"{true_mk.shape[1]} and {est_mk.shape[1]}. Pass the same latents of other cells."
+            )
         linear.fit(est_mk, true_mk)
         few = np.random.default_rng(seed).permutation(len(true_mk))[:n_kernel_cells]
         kernel = _kernel_regression(est_mk[few]).fit(est_mk[few], true_mk[few])

@@ -124,7 +124,8 @@ class EagerStep:
             plain = (c for c in holder._modules.items() if not isinstance(c[1], PyroModule))
             found += [(holder, name, child) for name, child in plain]
             read = (name for name, p in holder._parameters.items() if p in (self.unaltered or ()))
-            found += [(holder, name, getattr(holder, name)) for name in map(_given_name, read)]
+            given = (name.removesuffix("_unconstrained") for name in read)
+            found += [(holder, name, getattr(holder, name)) for name in given]
         found = [(module, name, value) for module, name, value in found if name not in module.__dict__]
         for module, name, value in found:
             module.__dict__[name] = value
@@ -148,11 +149,6 @@ class _Reads(Messenger):
     def _pyro_post_param(self, msg: Message) -> None:
         if hasattr(msg["value"], "unconstrained") and msg["kwargs"].get("event_dim") is None:
             self.unaltered.add(msg["value"].unconstrained())
-
-
-def _given_name(name: str) -> str:
-    """The name by which a PyroModule gives its parameter."""
-    return name.removesuffix("_unconstrained")
 
 
 def _loss(terms: Terms, batch: Batch) -> Tensor:

@@ -186,7 +186,8 @@ def score_job(job: Job, folder: Path) -> Scores:
     test = adata[(adata.obs["split"] == "test").to_numpy()].copy()
     n_invariant = adata.obsm["z_invariant"].shape[1]
     if job.method in REFERENCES:
-        return _recovered(train, test, _reference(job.method, train, n_invariant, job.seed), job.seed)
+        reference = _reference(job.method, train, n_invariant, job.seed)
+        return _recovered(train, test, reference(train), reference(test), job.seed)
     if not job.method.endswith(BY_GENES):
         pca = components_of(train.X)
         train, test = by_components(train, pca), by_components(test, pca)
@@ -208,24 +209,24 @@ def score_job(job: Job, folder: Path) -> Scores:
         progress=False,
         **settings,
     )
-
-    def latents(cells: ad.AnnData) -> np.ndarray:
-        return np.asarray(predict.latents(fit, Screen.from_spec(fit.screen, cells)).obsm["X_causalcell"])
-
+    fitted_nk, z_nk = (
+        predict.latents(fit, Screen.from_spec(fit.screen, cells)).obsm["X_causalcell"]
+        for cells in (train, test)
+    )
     losses = fit.history.loc[fit.history["stage"] == "training", "validation_loss"]
     scores: Scores = {"validation_loss": float(losses.min())}
-    scores |= _recovered(train, test, latents, job.seed)
+    scores |= _recovered(train, test, fitted_nk, z_nk, job.seed)
     if "posterior" in (fit.model.gates, fit.model.edges):
-        scores |= _structure(fit, test, latents(test)[:, n_invariant:])
+        scores |= _structure(fit, test, z_nk[:, n_invariant:])
     return scores
 
 
 def _recovered(
-    train: ad.AnnData, test: ad.AnnData, latents: Callable[[ad.AnnData], np.ndarray], seed: int
+    train: ad.AnnData, test: ad.AnnData, fitted_nk: np.ndarray, z_nk: np.ndarray, seed: int
 ) -> Scores:
     """How well each block is recovered, and how much of the perturbation the invariant one betrays."""
-    n_invariant, scores = test.obsm["z_invariant"].shape[1], Scores()
-    fitted_nk, z_nk = latents(train), latents(test)
+    n_invariant = test.obsm["z_invariant"].shape[1]
+    scores: Scores = {}
     for block, columns in (("responsive", slice(n_invariant, None)), ("invariant", slice(n_invariant))):
         site = f"z_{block}"
         found = evaluate.recovery(

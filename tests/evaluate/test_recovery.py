@@ -53,6 +53,8 @@ def test_regressions_can_be_fitted_on_other_cells(z, rng):
     )
     with pytest.raises(DataError, match="the same rows of both"):
         recovery(z, z, fitted_on=(learned, z))
+    with pytest.raises(DataError, match=r"expected 4 true and 4 estimated latents.*found 4 and 3"):
+        recovery(z, z, fitted_on=(learned, learned[:, :3]))
 
 
 def test_signed_matching_loses_edges_of_flipped_latents(z, rng):
