@@ -204,7 +204,7 @@ class TracedStep:
         inputs: list[Any] = [*self._inputs(batch, weights, copy=True)]
         # what the compiler calls of torch that torch deprecates; not undone, as that is not safe in a thread
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")
-        with torch.no_grad():  # the random stream is to be the one that Pyro would use
+        with torch.no_grad(), _draws_left_alone():  # the random stream is to be the one that Pyro would use
             self.run = torch._inductor.compile(self.graph, inputs, options={"fallback_random": True})
 
     def capture(self, batch: Batch, weights: Mapping[str, float]) -> None:
@@ -325,6 +325,25 @@ def _filled(leaves: list[Any], spec: TreeSpec, tensors: tuple[Tensor, ...]) -> B
 
 def _cuda(batch: Batch) -> list[torch.device]:
     return [batch.u_np.device] if batch.u_np.device.type == "cuda" else []
+
+
+@contextmanager
+def _draws_left_alone() -> Iterator[None]:
+    """Keep the compiler from putting the random stream back to where it found it.
+
+    It draws nothing itself, but training draws meanwhile, and would draw the same again.
+    """
+    keepers = [
+        importlib.import_module(name) for name in ("torch._dynamo.utils", "torch._functorch.aot_autograd")
+    ]
+    usual = [keeper.preserve_rng_state for keeper in keepers]
+    for keeper in keepers:
+        keeper.preserve_rng_state = nullcontext  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for keeper, preserve in zip(keepers, usual, strict=True):
+            keeper.preserve_rng_state = preserve  # type: ignore[attr-defined]
 
 
 class _RefuseValues(TorchDispatchMode):

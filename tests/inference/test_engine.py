@@ -1,6 +1,7 @@
 """The recorded step: Pyro's numbers and gradients, live weights, refusals, the switch."""
 
 import copy
+import importlib
 import inspect
 from contextlib import contextmanager
 
@@ -364,6 +365,22 @@ def test_compiled_training_is_the_eager_training(tiny_screen, quick):
     assert found.to_numpy() == pytest.approx(expected.to_numpy(), rel=1e-3)
     again = fit("sparse-shift", None, tiny_screen, compile=True, **settings)
     assert again.history["train_loss"].tolist() == found.tolist()
+
+
+@pytest.mark.parametrize("keeper", ["torch._dynamo.utils", "torch._functorch.aot_autograd"])
+def test_what_is_drawn_while_the_graph_is_compiled_stays_drawn(build, batch, monkeypatch, keeper):
+    module, drawn = importlib.import_module(keeper), []
+    usual = module.preserve_rng_state
+
+    def slow(graph, inputs, options):
+        with module.preserve_rng_state():
+            drawn.append(torch.rand(()))  # by a step that training takes meanwhile
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", slow)
+    TracedStep(Pair(*build()), batch, {}).compile(batch, {})
+    assert torch.rand(()) != drawn[0]
+    assert module.preserve_rng_state is usual
 
 
 def test_several_particles_are_recorded_too(build, batch):
