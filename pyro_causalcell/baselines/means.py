@@ -22,6 +22,7 @@ __all__ = [
     "halves",
     "log_cp10k",
     "moments",
+    "resampled_residuals",
     "training_means",
 ]
 
@@ -49,6 +50,26 @@ def draw_cells(screen: Screen, rows: NDArray[np.int64], n_cells: int, seed: int)
     """Expression of at most ``n_cells`` of these cells, drawn without replacement, [n, g]."""
     few = np.random.default_rng(seed).permutation(np.asarray(rows, dtype=np.int64))[:n_cells]
     return expression(screen, few)
+
+
+def resampled_residuals(
+    screen: Screen, rows: NDArray[np.int64], mean_g: NDArray[np.float64], n_cells: int, seed: int
+) -> NDArray[np.float64]:
+    """What sets cells off their mean, ``n_cells`` times drawn with replacement, [n, g].
+
+    All residuals once have a mean of exactly zero, as no sample of cells has. A distance that takes them for
+    a sample comes out too small, by √2 σ / 2n for the right distribution, σ² the summed variance of genes;
+    drawn with replacement they are a sample of what they are, n points.
+
+    Args:
+        screen: The screen.
+        rows: The cells.
+        mean_g: Their mean.
+        n_cells: Draws.
+        seed: Of the draws.
+    """
+    drawn = np.random.default_rng(seed).choice(np.asarray(rows, dtype=np.int64), n_cells)
+    return expression(screen, drawn) - mean_g
 
 
 class Moments(NamedTuple):

@@ -7,7 +7,13 @@ from typing import ClassVar, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_causalcell.baselines.means import TrainingMeans, draw_cells, expression, training_means
+from pyro_causalcell.baselines.means import (
+    TrainingMeans,
+    draw_cells,
+    expression,
+    resampled_residuals,
+    training_means,
+)
 from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import DataError
 
@@ -101,13 +107,15 @@ class Baseline(ABC):
     def cells(self, conditions: Sequence[str], n_cells: int, seed: int = 0) -> list[NDArray[np.float64]]:
         """Predicted means with the spread of control cells: what sets training control cells off their mean.
 
-        Without control cells, that of perturbed cells. The same cells lend it to every condition.
+        Without control cells, that of perturbed cells. The same draws, with replacement, lend it to every
+        condition.
         """
         screen, rows = self.means.screen, self.means.rows
         control_g, perturbed_g = self.means.control_g, self.means.perturbed_g
         has_control = control_g is not None
-        lent = draw_cells(screen, rows[(screen.condition_n[rows] == 0) == has_control], n_cells, seed)
-        residual_ng = lent - (perturbed_g if control_g is None else control_g)
+        lenders = rows[(screen.condition_n[rows] == 0) == has_control]
+        own_g = perturbed_g if control_g is None else control_g
+        residual_ng = resampled_residuals(screen, lenders, own_g, n_cells, seed)
         return [mean_g + residual_ng for mean_g in self.predict(conditions)]
 
     @abstractmethod

@@ -18,7 +18,7 @@ from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pyro_causalcell.baselines.means import draw_cells, group_moments
+from pyro_causalcell.baselines.means import draw_cells, group_moments, resampled_residuals
 from pyro_causalcell.data import Screen
 from pyro_causalcell.data.spec import shown
 from pyro_causalcell.errors import DataError, PredictionError
@@ -355,7 +355,7 @@ class TimeBaseline(ABC):
         for nearest in np.abs(np.asarray(times)[:, None] - known).argmin(1):
             s = int(np.flatnonzero(means.times == known[nearest])[0])
             rows = np.concatenate([means.cells(c, s) for c in lenders])
-            lent.append(draw_cells(means.screen, rows, n_cells, seed) - mean_sg[nearest])
+            lent.append(resampled_residuals(means.screen, rows, mean_sg[nearest], n_cells, seed))
         mean_ctg = self.predict(conditions, times)
         return [[mean_g + x_ng for mean_g, x_ng in zip(m_tg, lent, strict=True)] for m_tg in mean_ctg]
 

@@ -1,4 +1,6 @@
+import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy as sc
 
@@ -12,9 +14,10 @@ from pyro_causalcell.baselines import (
     fit_baselines,
     halves,
 )
-from pyro_causalcell.baselines.means import condition_moments, moments
+from pyro_causalcell.baselines.means import condition_moments, expression, moments
 from pyro_causalcell.data import Screen, held_out_combinations
 from pyro_causalcell.errors import DataError
+from pyro_causalcell.evaluate import e_distance
 
 
 @pytest.fixture
@@ -68,16 +71,30 @@ def test_additive_is_the_best_baseline_where_effects_add(tiny_screen):
 
 def test_cells_of_a_baseline_have_the_spread_of_control_cells(tiny_screen, rows):
     fitted = fit_baselines(tiny_screen, rows)
-    control, added = (fitted[name].cells(["A+B"], 500)[0] for name in ("control mean", "additive"))
-    assert control.shape == (100, 20)  # all control cells there are, as they are
-    np.testing.assert_allclose(control.mean(0), fitted["control mean"].predict(["A+B"])[0])
-    np.testing.assert_allclose(added.mean(0), fitted["additive"].predict(["A+B"])[0])
-    np.testing.assert_allclose(added.std(0), control.std(0))
+    control, added = (fitted[name].cells(["A+B"], 5000)[0] for name in ("control mean", "additive"))
+    measured = expression(tiny_screen, rows[tiny_screen.condition_n[rows] == 0])
+    assert set(map(tuple, control.round(6))) == set(map(tuple, measured.round(6)))  # drawn with replacement
+    assert len(control) == len(added) == 5000
+    np.testing.assert_allclose(added.mean(0), fitted["additive"].predict(["A+B"])[0], atol=0.1)
+    np.testing.assert_allclose(added.std(0), measured.std(0), rtol=0.1)
     perturbed = rows[tiny_screen.condition_n[rows] > 0]
     without = fit_baselines(tiny_screen, perturbed)["matching mean"]
-    (cells,) = without.cells(["A+B"], 500)
-    np.testing.assert_allclose(cells.mean(0), without.predict(["A+B"])[0])
-    assert cells.shape == (300, 20)
+    (cells,) = without.cells(["A+B"], 5000)
+    np.testing.assert_allclose(cells.mean(0), without.predict(["A+B"])[0], atol=0.1)
+
+
+def test_a_few_control_cells_do_not_make_a_baseline_better_than_the_truth():
+    """Their residuals, each once around the true mean, would be nearer to the truth than its own cells."""
+    rng = np.random.default_rng(0)
+    found = []
+    for seed in range(40):
+        obs = pd.DataFrame({"target": ["control"] * 30 + ["A"] * 300}, index=[f"c{n}" for n in range(330)])
+        x_ng = rng.normal(3.0, 1.0, (330, 30)).astype(np.float32)
+        screen = Screen(ad.AnnData(x_ng, obs))
+        train, measured_ng = np.arange(230), x_ng[230:]
+        lent = MatchingMean.fit(screen, train).cells(["A"], 100, seed)[0]
+        found.append(e_distance(measured_ng, lent))
+    assert np.mean(found) > -2 * np.std(found) / np.sqrt(len(found))
 
 
 def test_unseen_component_stands_for_the_perturbed_mean(tiny_screen, rows):
@@ -132,11 +149,11 @@ def test_moments_are_those_of_numpy(tiny_adata, tiny_screen, rows):
 
 def test_cells_of_control_and_perturbed_mean_are_training_cells(tiny_screen, rows):
     fitted = fit_baselines(tiny_screen, rows)
-    for name, whole in {"control mean": 100, "perturbed mean": 300}.items():
+    for name, n_cells in {"control mean": 10_000, "perturbed mean": 300}.items():
         first, second = fitted[name].cells(["A", "D"], n_cells=10_000)
-        assert first.shape == (whole, 20)
+        assert first.shape == (n_cells, 20)
         np.testing.assert_array_equal(first, second)
-        np.testing.assert_allclose(first.mean(0), fitted[name].predict(["A"])[0])
+        np.testing.assert_allclose(first.mean(0), fitted[name].predict(["A"])[0], atol=0.1)
         assert len(fitted[name].cells(["A"], n_cells=7)[0]) == 7
 
 
