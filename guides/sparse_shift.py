@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_causalcell.batch import Batch, Rotation
+from pyro_causalcell.direct import DirectGuide
 from pyro_causalcell.distributions import Gate, GatedNormal, MeanFieldGate
 from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets
 from pyro_causalcell.epistasis import EpistasisGuide, combined
@@ -47,7 +48,7 @@ class SparseShiftGuide(PyroModule):
 
     Args:
         n_genes, n_targets, n_batches, target_cells, n_embedding: sizes of the screen.
-        n_latents, likelihood, gates, alpha, interactions, epistasis: as in the model.
+        n_latents, likelihood, gates, alpha, interactions, epistasis, direct: as in the model.
         intervention: How the intervention enters q(z).
         network, n_hidden, n_layers, norm, dropout, activation: of the encoder.
 
@@ -68,6 +69,7 @@ class SparseShiftGuide(PyroModule):
         alpha: float | None = None,
         interactions: tuple[tuple[int, int], ...] = (),
         epistasis: bool = False,
+        direct: bool = False,
         intervention: Literal["ignored", "input", "prior"] = "prior",
         network: Network = "mlp",
         n_hidden: int = 128,
@@ -86,6 +88,7 @@ class SparseShiftGuide(PyroModule):
         self.gate_sites = (rate_site, "gate", "min_effect") if gates == "posterior" else ()
         shape = (n_targets + len(self.interactions), n_latents)
         self.epistasis = EpistasisGuide(*shape) if epistasis else None
+        self.direct = DirectGuide(n_targets, n_genes) if direct else None
         if gates == "posterior":
             self.gate_logit = PyroParam(torch.full(shape, 2.0))
         if gates in ("posterior", "open"):
@@ -114,8 +117,10 @@ class SparseShiftGuide(PyroModule):
             self.encoder.overlook_last(n_latents)
 
     def forward(self, batch: Batch) -> None:
-        """q(π) q(γ) q(μ | γ), then q(z | x) inside the cells plate."""
+        """q(π) q(γ) q(μ | γ) q(δ), then q(z | x) inside the cells plate."""
         prior_loc_nk = self.prior_loc(batch)
+        if self.direct is not None:
+            self.direct()  # q(δ)
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             loc_nk, scale_nk = self.encoder(batch.x_ng, batch.batch_nb, *self.seen(batch, prior_loc_nk))
             pyro.sample("z", dist.Normal(loc_nk, scale_nk).to_event(1))  # q(z | x, u)

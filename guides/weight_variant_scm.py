@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_causalcell.batch import Batch, Mechanisms, Rotation
+from pyro_causalcell.direct import DirectGuide
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, MeanFieldGate
 from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets, squared_size
 from pyro_causalcell.epistasis import EpistasisGuide, combined
@@ -45,8 +46,8 @@ class WeightVariantSCMGuide(PyroModule):
 
     Args:
         n_genes, n_targets, n_batches, target_cells, n_embedding: sizes of the screen.
-        n_invariant, n_responsive, likelihood, gates, edges, alters, centred, rank, epistasis: as in the
-            model.
+        n_invariant, n_responsive, likelihood, gates, edges, alters, centred, rank, epistasis, direct: as
+            in the model.
         alignment: See above.
         alpha: α, nats per cell.
         intervention: How the perturbation enters q(z_v): ``"ignored"``, ``"input"`` (h = u), or ``"prior"``
@@ -73,6 +74,7 @@ class WeightVariantSCMGuide(PyroModule):
         centred: bool = True,
         rank: int | None = None,
         epistasis: bool = False,
+        direct: bool = False,
         alignment: Literal["mmd", "sliced", "pairs", "none"] = "mmd",
         alpha: float = 100.0,
         intervention: Literal["ignored", "input", "prior"] = "prior",
@@ -97,6 +99,7 @@ class WeightVariantSCMGuide(PyroModule):
         self.gate_sites = tuple(sorted(held | ({"align"} & self.aligned_sites()))) if can_turn else ()
         n_programmes = n_invariant + n_responsive
         self.epistasis = EpistasisGuide(n_targets, n_responsive) if epistasis else None
+        self.direct = DirectGuide(n_targets, n_genes) if direct else None
         if gates == "posterior":
             self.gate_logit = PyroParam(torch.full((n_targets, n_responsive), 2.0))
         if edges == "posterior":
@@ -136,8 +139,10 @@ class WeightVariantSCMGuide(PyroModule):
         return set() if self.alignment == "none" else {"align"}
 
     def forward(self, batch: Batch) -> None:
-        """q of gates, edges and changes; then q(z_l | x) q(z_v | x, u) inside the cells plate."""
+        """q of gates, edges and changes, q(δ); then q(z_l | x) q(z_v | x, u) inside the cells plate."""
         prior_loc_nv = self.changes(batch)
+        if self.direct is not None:
+            self.direct()  # q(δ)
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             control = None if self.alignment == "none" else batch.control
             loc_nk, scale_nk, control_nk = encoded_together(self.encoder, batch, control)

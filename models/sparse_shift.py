@@ -9,6 +9,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
 from pyro_causalcell.batch import Batch
+from pyro_causalcell.direct import DirectEffects
 from pyro_causalcell.distributions import (
     Gate,
     GatedNormal,
@@ -74,7 +75,8 @@ class SparseShift(PyroModule):
     κ_pk (``epistasis``, p, k) of what the other targets of its cell do to programme k. And shifts of one
     direction may saturate, by one number for all (``saturation``): see ``pyro_causalcell.epistasis``. Only
     cells with several targets tell of both: what masks or saturates in some combinations is expected to do
-    so in others.
+    so in others. With ``direct`` targets also act on single genes, beside all programmes (``direct``, p, g):
+    see ``pyro_causalcell.direct``.
 
     ``gates`` chooses the member of the family:
 
@@ -107,6 +109,7 @@ class SparseShift(PyroModule):
         sparsity: Penalty of ``gates="sampled"``.
         interactions: Pairs of targets that get a gated shift of their own in cells that carry both.
         epistasis: Whether a target may mask what others do, and shifts saturate, see above.
+        direct: Whether targets act on single genes, too, see above.
         network: ``"mlp"``, or ``"image"`` where x are the pixels (y, x, rgb) of an image.
         n_hidden, n_layers, norm, activation: of the decoder.
 
@@ -118,7 +121,7 @@ class SparseShift(PyroModule):
     and the cost of an edge are this project's.
     """
 
-    site_dims = {"shift_map": ("programme", "feature")}
+    site_dims = {"shift_map": ("programme", "feature"), **DirectEffects.dims}
     """Names of the axes of global latents that are not over perturbation and programme, for ArviZ."""
 
     def __init__(
@@ -138,6 +141,7 @@ class SparseShift(PyroModule):
         sparsity: Literal["beta", "l1"] = "beta",
         interactions: tuple[tuple[int, int], ...] = (),
         epistasis: bool = False,
+        direct: bool = False,
         network: Network = "mlp",
         n_hidden: int = 128,
         n_layers: int = 2,
@@ -173,6 +177,7 @@ class SparseShift(PyroModule):
             norm=norm,
             activation=activation,
         )
+        self.direct = DirectEffects(n_targets, n_genes) if direct else None
         self.theta_g, self.scale_g, self.zero_logit_g = spread(likelihood, n_genes)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -180,6 +185,7 @@ class SparseShift(PyroModule):
         u_np = with_interactions(batch.u_np, self.interactions)
         gate_pk, shift_pk = self.edges(u_np, batch.n_total)
         epistasis = sample_epistasis(gate_pk) if self.epistasis else None  # p(κ) p(s)
+        direct_ng = None if self.direct is None else self.direct(batch.u_np)  # p(δ)
 
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             if self.gates == "sampled":
@@ -188,7 +194,8 @@ class SparseShift(PyroModule):
             else:
                 loc_nk, var_nk = combined(u_np, gate_pk, shift_pk, epistasis)
             z_nk = pyro.sample("z", UncertainMeanNormal(loc_nk, var_nk).to_event(1))  # p(z | γ, μ, u)
-            x = pyro.sample("x", self.measurement(z_nk, batch).to_event(1), obs=batch.x_ng)  # p(x | z)
+            p_x = self.measurement(z_nk, batch, direct_ng)
+            x: Tensor = pyro.sample("x", p_x.to_event(1), obs=batch.x_ng)  # p(x | z)
             return x
 
     def edges(self, u_np: Tensor, n_total: int) -> tuple[Tensor, Tensor]:
@@ -223,9 +230,13 @@ class SparseShift(PyroModule):
         slab = GatedNormal(gate_pk, loc_pk, scale)
         return gate_pk, pyro.sample("shift", slab.to_event(2))  # p(μ | γ)
 
-    def measurement(self, z_nk: Tensor, batch: Batch) -> dist.TorchDistribution:
+    def measurement(
+        self, z_nk: Tensor, batch: Batch, direct_ng: Tensor | None = None
+    ) -> dist.TorchDistribution:
         """p(x | z): counts around library × softmax, or a Gaussian around the decoder's output."""
         output_ng = self.decoder(z_nk, batch.batch_nb)
+        if direct_ng is not None:
+            output_ng = output_ng + direct_ng
         return measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g, self.zero_logit_g)
 
     def rotate(self, map_kk: Tensor, offset_k: Tensor) -> None:

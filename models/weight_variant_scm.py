@@ -10,6 +10,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
 from pyro_causalcell.batch import Batch, carried
+from pyro_causalcell.direct import DirectEffects
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, LinearSCM, measurement, spread
 from pyro_causalcell.embeddings import expected_effects, expected_gates, squared_size, where_open
 from pyro_causalcell.epistasis import Epistasis, masked_doses, pooled, sample_epistasis
@@ -98,6 +99,7 @@ class WeightVariantSCM(PyroModule):
         rank: Rank of the weights over perturbations, for many targets; None leaves them free.
         epistasis: Whether a target may mask what other targets of the cell change about a programme, and
             shifts of one direction saturate (see ``pyro_causalcell.epistasis``).
+        direct: Whether targets act on single genes, too (see ``pyro_causalcell.direct``).
         min_effect: Smallest change worth a gate, in standard deviations of a programme.
         min_weight: Smallest weight worth an edge, over the cells whose mechanism is changed.
         shift_scale: τ.
@@ -121,6 +123,7 @@ class WeightVariantSCM(PyroModule):
         "log_scale_map": ("responsive", "feature"),
         "weight_map": ("responsive_programme", "feature"),
         "loading_map": ("component", "feature"),
+        **DirectEffects.dims,
     }
     """Names of the axes of the global latents, for ArviZ."""
 
@@ -142,6 +145,7 @@ class WeightVariantSCM(PyroModule):
         centred: bool = True,
         rank: int | None = None,
         epistasis: bool = False,
+        direct: bool = False,
         min_effect: float = 0.5,
         min_weight: float = 0.3,
         shift_scale: float = 2.0,
@@ -185,6 +189,7 @@ class WeightVariantSCM(PyroModule):
             norm=norm,
             activation=activation,
         )
+        self.direct = DirectEffects(n_targets, n_genes) if direct else None
         self.theta_g, self.scale_g, self.zero_logit_g = spread(likelihood, n_genes)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -193,6 +198,7 @@ class WeightVariantSCM(PyroModule):
         gate_pv, edge_vk, expected = self.structure(expected)
         changes = self.changes(gate_pv, edge_vk, expected)
         epistasis = sample_epistasis(gate_pv) if self.epistasis else None  # p(κ) p(s)
+        direct_ng = None if self.direct is None else self.direct(batch.u_np)  # p(δ)
 
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             z_nl = pyro.sample("z_invariant", self.background(batch.u_np))  # p(z_l)
@@ -201,6 +207,8 @@ class WeightVariantSCM(PyroModule):
             z_nv = self.responsive(p_z_nv)  # p(z_v | z_l, u)
             z_nk = torch.cat([z_nl.expand(*z_nv.shape[:-1], -1), z_nv], -1)
             output_ng = self.decoder(z_nk, batch.batch_nb)
+            if direct_ng is not None:
+                output_ng = output_ng + direct_ng
             p_x = measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g, self.zero_logit_g)
             x: Tensor = pyro.sample("x", p_x.to_event(1), obs=batch.x_ng)  # p(x | z)
             return x

@@ -41,6 +41,7 @@ from pyro_causalcell.evaluate import (
     discrepancy_vae_scores,
     interaction_classes,
     iw_nll,
+    posterior_predictive_checks,
     response_scores,
 )
 from pyro_causalcell.evaluate.response import top_expressed
@@ -51,17 +52,21 @@ __all__ = ["EFFORTS", "METHODS", "METRICS", "Drawn", "Effort", "Task", "TrueProc
 
 Law = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 """Negative log-likelihoods of the cells in some rows."""
+Judge = Callable[[Sequence[str], NDArray[np.int64]], pd.DataFrame]
+"""Scores of conditions by their cells in some rows; columns method, genes, condition, metric, value."""
 REFERENCES = "references"
 """The job that scores every baseline, the duplicates and the oracle."""
 INTERACTIONS, EPISTASIS = "sVAE+ (ours), interactions", "sVAE+ (ours), epistasis"
+DIRECT = "sVAE+ (ours), direct effects"
 CDAG, DAG = "cDAG-VAE (ours)", "DAG-VAE (ours)"
-CDAG_EPISTASIS = "cDAG-VAE (ours), epistasis"
+CDAG_EPISTASIS, CDAG_DIRECT = "cDAG-VAE (ours), epistasis", "cDAG-VAE (ours), direct effects"
 HALF, MOSTLY = "cDAG-VAE (ours), half responsive", "cDAG-VAE (ours), mostly responsive"
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sVAE+ (ours)": ("sparse-shift", {"warmup": {"z": 15}}),
     INTERACTIONS: ("sparse-shift", {"warmup": {"z": 15}, "interactions": "seen"}),
     EPISTASIS: ("sparse-shift", {"warmup": {"z": 15}, "epistasis": True}),
+    DIRECT: ("sparse-shift", {"warmup": {"z": 15}, "direct": True}),
     "SAMS-VAE": ("sams-vae", {"warmup": {"z": 15}}),
     "CPA-VAE": ("sams-vae", {"warmup": {"z": 15}, **SAMS["cpa-vae"]}),
     "conditional VAE": ("conditional-vae", {"warmup": {"z": 15}}),
@@ -71,6 +76,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     CDAG: ("weight-variant-scm", {}),
     CDAG_EPISTASIS: ("weight-variant-scm", {"epistasis": True}),
+    CDAG_DIRECT: ("weight-variant-scm", {"direct": True}),
     DAG: ("weight-variant-scm", {"alignment": "none"}),
     HALF: ("weight-variant-scm", {"n_responsive": 53, "n_invariant": 52}),
     MOSTLY: ("weight-variant-scm", {"n_responsive": 85, "n_invariant": 20}),
@@ -102,6 +108,8 @@ METRICS = {
     "r2_paired": "R², 32 cells",
     "mmd_paired": "MMD, 32 cells",
     "nll": "NLL of a cell",
+    "zeros_in_band": "zeros in 90 % bands",
+    "spread_in_band": "spread in 90 % bands",
     "kind_f1": "macro-F1 of the kind",
 }
 """Columns of the table, with their headings. log1p CP10k; higher is better for Pearson, R² and F1."""
@@ -112,6 +120,9 @@ GENE_SETS = {"all": "", "top": ", top 1,000 genes", "de": ", 20 DE genes"}
 N_GENES = 5000  # of Norman 2019
 N_TOP, N_DE = 1000, 20
 N_PARTICLES = 200  # of the likelihood of a cell
+N_REPLICATES = 100  # behind predictive bands
+BANDS = {"gene_zero_fraction": "zeros_in_band", "gene_sd": "spread_in_band"}
+"""Statistics of predictive bands -> their metrics."""
 N_SINGLE_CELLS = 96  # held out of each of the paper's singles
 SINGLES = (
     *("KLF1", "BAK1", "CEBPE", "UBASH3B", "ETS2", "OSR2", "SLC4A1"),
@@ -209,22 +220,23 @@ def score_job(job: Job, folder: Path) -> Scores:
     effort = _effort(job)
     task = _task(job, effort)
     means = training_means(task.screen, task.split.train)
+    judges: list[Judge] = []
     if job.method == REFERENCES:
         predictors = _references(job, task, means, effort)
-        laws = _count_baselines(task)
+        if task.screen.is_counts:
+            judges.append(partial(_likelihoods, task.screen, _count_baselines(task)))
     else:
         fit, screen = _trained(job, task, effort, folder)
         control = task.split.train[screen.condition_n[task.split.train] == 0]
         basal = Screen.from_spec(fit.screen, screen.adata[control].copy())
         drawn = _drawn(ModelPredictor(fit, job.method, basal=basal), task, effort, job.seed)
         predictors = [drawn, WithResiduals(drawn, task.screen, task.split.train)]
-        laws = {job.method: partial(_nll, fit, screen, job.seed)} if fit.screen.is_counts else {}
-    scored = partial(_scores, task.screen, means, predictors, effort, job.seed)
-    tables = [
-        table.assign(part=name)
-        for name, part in task.parts.items()
-        for table in (scored(*part), *_likelihoods(task.screen, laws, *part))
-    ]
+        if fit.screen.is_counts:
+            law = partial(_nll, fit, screen, job.seed)
+            judges.append(partial(_likelihoods, task.screen, {job.method: law}))
+            judges.append(partial(_in_bands, job, fit, screen))
+    judges.append(partial(_scores, task.screen, means, predictors, effort, job.seed))
+    tables = [judge(*part).assign(part=name) for name, part in task.parts.items() for judge in judges]
     kinds = [
         (method.name, name, task.kinds[name], kind)
         for method in predictors
@@ -427,8 +439,6 @@ def _references(job: Job, task: Task, means: TrainingMeans, effort: Effort) -> l
 
 
 def _count_baselines(task: Task) -> dict[str, Law]:
-    if not task.screen.is_counts:
-        return {}
     screen = task.screen if task.screen.describe().library is None else _with_rest(task.screen)
     baseline = CountBaseline(screen, task.split.train)
     return {f"{rates} rates": partial(baseline.nll, rates=rates) for rates in RATES}
@@ -553,15 +563,30 @@ def _scores(
 
 def _likelihoods(
     screen: Screen, laws: Mapping[str, Law], conditions: Sequence[str], rows: NDArray[np.int64]
-) -> list[pd.DataFrame]:
-    """Mean negative log-likelihood of the cells of each condition; columns as of ``_scores``."""
+) -> pd.DataFrame:
+    """Mean negative log-likelihood of the cells of each condition."""
     names = np.array(screen.conditions, dtype=object)[screen.condition_n[rows]]
     tables = []
     for method, law in laws.items():
         value_c = pd.Series(law(rows)).groupby(names).mean()[list(conditions)]
         columns = {"method": method, "genes": "all", "metric": "nll"}
         tables.append(value_c.rename_axis("condition").reset_index(name="value").assign(**columns))
-    return tables
+    return pd.concat(tables, ignore_index=True)
+
+
+def _in_bands(
+    job: Job, fit: inference.Fit, screen: Screen, conditions: Sequence[str], rows: NDArray[np.int64]
+) -> pd.DataFrame:
+    """Share of the genes whose zeros and spread over the cells of a condition lie in 90 % intervals."""
+    cells = Screen.from_spec(fit.screen, screen.adata)
+    checks = posterior_predictive_checks(
+        fit, cells, rows, statistic=list(BANDS), n_samples=N_REPLICATES, seed=job.seed
+    )
+    table = checks.table(interval=0.9)
+    table = table[table["gene"] != REST].assign(metric=lambda t: t["statistic"].map(BANDS))
+    table["value"] = table["observed"].between(table["low"], table["high"])
+    shares = table.groupby(["condition", "metric"])["value"].mean()[list(conditions)]
+    return shares.reset_index().assign(method=job.method, genes="all")
 
 
 def _gene_sets(truth: Truth, means: TrainingMeans, screen: Screen) -> dict[str, Truth]:

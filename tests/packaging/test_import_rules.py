@@ -10,7 +10,7 @@ import pytest
 
 GROUND = {
     f"pyro_causalcell.{name}"
-    for name in ("batch", "distributions", "embeddings", "epistasis", "errors", "nets", "penalties")
+    for name in ("batch", "direct", "distributions", "embeddings", "epistasis", "errors", "nets", "penalties")
 }
 
 # A forbidden import in each room -> the contract that must break.
