@@ -213,14 +213,15 @@ def _arguments(cls: type[nn.Module]) -> set[str]:
 
 
 def _check_choices(cls: type, given: Mapping[str, Any]) -> None:
-    """Refuse words that an argument annotated as Literal does not list."""
+    """Refuse words that an argument annotated as Literal does not list, and words for true or false."""
     try:
         hints = get_type_hints(cls.__init__)  # type: ignore[misc]
     except (NameError, TypeError):  # a user's class may name types that exist for a checker only
         return
     for name, value in given.items():
-        known = get_args(hints.get(name))
-        if get_origin(hints.get(name)) is Literal and value not in known:
+        known = (False, True) if hints.get(name) is bool else get_args(hints.get(name))
+        is_choice = hints.get(name) is bool or get_origin(hints.get(name)) is Literal
+        if is_choice and value not in known:
             raise PairError(f"{cls.__name__} takes {name}= one of {list(known)}, found {value!r}")
 
 

@@ -90,6 +90,7 @@ def test_parameters_and_states_of_both(file):
         ("sparse-shift", None, {"n_latent": 3}, "has a setting 'n_latent'; did you mean n_latents"),
         ("sparse-shift", None, {"n_genes": 3}, "n_genes"),
         ("sparse-shift", None, {"norm": "group"}, "takes norm= one of"),
+        ("sparse-shift", None, {"direct": "maybe"}, r"takes direct= one of \[False, True\], found 'maybe'"),
         ("nowhere.py:Model", None, {}, "nowhere.py not found"),
         ("FILE:Other", None, {}, r"no module class 'Other'; it has \['MyGuide', 'MyModel'\]"),
         (SparseShift(6, 3), None, {}, None),
