@@ -40,16 +40,16 @@ _BATCH = 32  # cells of the Discrepancy-VAE's scores
 _BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # in median distances
 
 
-def e_distance(x_ng: NDArray[Any], y_ng: NDArray[Any], seed: int = 0) -> float:
-    """Energy distance 2 E|x - y| - E|x - x'| - E|y - y'| with equal numbers of cells; lower is better.
+def e_distance(x_ng: NDArray[Any], y_ng: NDArray[Any]) -> float:
+    """Energy distance 2 E|x - y| - E|x - x'| - E|y - y'|; lower is better.
 
-    Means run over pairs of different cells (U-statistic): its expectation is 0 for equal distributions, and
-    it can come out slightly negative. Of the larger set as many cells are drawn as the smaller one has.
+    Means run over pairs of different cells (U-statistic): its expectation is 0 for equal distributions,
+    whatever the numbers of cells, and it can come out slightly negative. All cells count: a sample of the
+    larger set, as others take, adds noise that is the same in all conditions whose cells are the same.
 
     Args:
         x_ng: Cells, [n, d].
         y_ng: Cells, [m, d].
-        seed: Of the draw.
 
     Raises:
         DataError: A set has fewer than two cells, the columns differ, or a value is not finite.
@@ -57,8 +57,7 @@ def e_distance(x_ng: NDArray[Any], y_ng: NDArray[Any], seed: int = 0) -> float:
     Source: Székely and Rizzo, Journal of Statistical Planning and Inference 2013; Peidli et al., scPerturb,
     Nature Methods 2024.
     """
-    x_nd, y_nd = _equal_cells(*_checked(x_ng, y_ng), seed)
-    return -_contrast(x_nd, y_nd, np.sqrt, diagonal=False)
+    return -_contrast(*_checked(x_ng, y_ng), np.sqrt, diagonal=False)
 
 
 def median_distance(x_ng: NDArray[Any], seed: int = 0) -> float:
@@ -130,7 +129,8 @@ def sinkhorn_divergence(
     ot = _transport()
     x_nd, y_nd = _checked(x_ng, y_ng)
     scale = median_distance(x_nd) if scale is None else scale
-    x_nd, y_nd = _equal_cells(x_nd, y_nd, seed, n_cells)
+    rng, n = np.random.default_rng(seed), min(len(x_nd), len(y_nd), n_cells)
+    x_nd, y_nd = _drawn(x_nd, n, rng), _drawn(y_nd, n, rng)
 
     def cost(a_nd: Floats, b_nd: Floats) -> float:
         cost_nm = cdist(a_nd, b_nd, "sqeuclidean")
@@ -159,7 +159,7 @@ def distance_scores(
         true_cells: Measured cells of each condition, [n, d].
         predicted_cells: Predicted cells of each condition, [m, d], in the same order and space.
         metrics: Keys of DISTANCES.
-        seed: Of the draws.
+        seed: Of the draws of ``sinkhorn_divergence``.
 
     Returns:
         Metric to one value per condition.
@@ -172,7 +172,7 @@ def distance_scores(
             f"expected predicted cells of {len(true_cells)} conditions, found {len(predicted_cells)}."
         )
     known: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
-        "e_distance": lambda x, y: e_distance(x, y, seed),
+        "e_distance": e_distance,
         "mmd": mmd,
         "sinkhorn_divergence": lambda x, y: sinkhorn_divergence(x, y, seed=seed),
     }
@@ -303,12 +303,6 @@ def _sum(x_nd: Floats, y_nd: Floats, value: Value) -> float:
 
 def _drawn(x_nd: Floats, n: int, rng: np.random.Generator) -> Floats:
     return x_nd if len(x_nd) <= n else x_nd[rng.choice(len(x_nd), n, replace=False)]
-
-
-def _equal_cells(x_nd: Floats, y_nd: Floats, seed: int, at_most: int | None = None) -> tuple[Floats, Floats]:
-    n = min(len(x_nd), len(y_nd), at_most or len(x_nd))
-    rng = np.random.default_rng(seed)
-    return _drawn(x_nd, n, rng), _drawn(y_nd, n, rng)
 
 
 def _checked(x_ng: NDArray[Any], y_ng: NDArray[Any]) -> tuple[Floats, Floats]:

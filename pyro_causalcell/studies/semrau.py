@@ -416,7 +416,7 @@ def _counts_scored(
         true_ng = expression(screen, scored[here_n])
         new_sng = [log_cp10k(x_ng[here_n], x_ng[here_n].sum(1)) for x_ng in drawn_sng]
         z_nk = pca.transform(true_ng)
-        distances = [evaluate.e_distance(z_nk, pca.transform(x_ng), seed) for x_ng in new_sng[:N_DRAWS]]
+        distances = [evaluate.e_distance(z_nk, pca.transform(x_ng)) for x_ng in new_sng[:N_DRAWS]]
         gap_g = np.mean([x_ng.mean(0) for x_ng in new_sng], axis=0) - true_ng.mean(0)
         coverage_g = np.array([interval_coverage(pit_n, (JUDGED,))[0] for pit_n in pit_ng[here_n].T])
         by_time.append(
