@@ -451,24 +451,30 @@ def graph(run: Path, out: Path) -> None:
             deviations of a control programme) and its standard deviation. With epistasis, the share that
             it takes away of what other perturbations do to the programme. A model that follows cells over
             time adds the probability that the programme is cut off from its parents, and a second table
-            beside this one, FILE_lagged.csv: which programme acts on which a step later.
+            beside this one, FILE_lagged.csv: which programme acts on which a step later. Direct effects on
+            genes, where they were fitted, go to FILE_direct.csv.
     """
-    _check_out(out)
-    beside = out.with_name(f"{out.stem}_lagged.csv")
-    _check_out(beside)
+    beside = {name: out.with_name(f"{out.stem}_{name}.csv") for name in ("lagged", "direct")}
+    for path in (out, *beside.values()):
+        _check_out(path)
+    from pyro_causalcell.predict import direct_effects, lagged_graph
     from pyro_causalcell.predict import graph as edges_of
 
     fitted = _load(run, "cpu")
-    edges, lagged = edges_of(fitted), _lagged_graph(fitted)
+    edges, lagged, direct = edges_of(fitted), _if_any(lagged_graph, fitted), _if_any(direct_effects, fitted)
     _write_csv(edges, out)
     sure = edges[edges["probability"] > SURE]
     moved = sure["perturbation"].nunique()
     print(f"{len(edges)} possible edges, {len(sure)} with probability above {SURE}: {out}")
     print(f"{moved} of {edges['perturbation'].nunique()} perturbations move a programme")
     if lagged is not None:
-        _write_csv(lagged, beside)
+        _write_csv(lagged, beside["lagged"])
         n = int((lagged["probability"] > SURE).sum())
-        print(f"{len(lagged)} possible lagged edges, {n} with probability above {SURE}: {beside}")
+        print(f"{len(lagged)} possible lagged edges, {n} with probability above {SURE}: {beside['lagged']}")
+    if direct is not None:
+        _write_csv(direct, beside["direct"])
+        n = int((direct["effect"].abs() > 2 * direct["effect_sd"]).sum())
+        print(f"{len(direct)} direct effects on genes, {n} above two standard deviations: {beside['direct']}")
 
 
 def predict(
@@ -1344,12 +1350,10 @@ def _print_checks(table: "pd.DataFrame") -> None:
         )
 
 
-def _lagged_graph(fitted: "Fit") -> "pd.DataFrame | None":
-    """Which programme acts on which a step later; None for a model without such edges."""
-    from pyro_causalcell.predict import lagged_graph
-
+def _if_any(table: "Callable[[Fit], pd.DataFrame]", fitted: "Fit") -> "pd.DataFrame | None":
+    """A table of a fit; None for a model that has none of what it tells."""
     try:
-        return lagged_graph(fitted)
+        return table(fitted)
     except PredictionError:
         return None
 

@@ -3,6 +3,7 @@
 from pyro_causalcell.predict.cells import latents, predict, replicate
 from pyro_causalcell.predict.effects import effects
 from pyro_causalcell.predict.globals import (
+    direct_effects,
     edge_names,
     global_draws,
     global_means,
@@ -15,6 +16,7 @@ from pyro_causalcell.predict.trajectories import cell_trajectories, trajectories
 
 __all__ = [
     "cell_trajectories",
+    "direct_effects",
     "edge_names",
     "effects",
     "global_draws",

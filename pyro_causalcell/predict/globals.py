@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_causalcell.batch import Batch
+from pyro_causalcell.direct import DIRECT
 from pyro_causalcell.epistasis import MASKING, SATURATION
 from pyro_causalcell.errors import PredictionError
 from pyro_causalcell.inference import Fit
@@ -16,6 +17,7 @@ from pyro_causalcell.inference.posterior import encode, global_sites
 
 __all__ = [
     "design",
+    "direct_effects",
     "edge_names",
     "global_draws",
     "global_means",
@@ -135,6 +137,29 @@ def graph(fit: Fit) -> pd.DataFrame:
     if SATURATION in sites:
         table.attrs[SATURATION] = float(sites[SATURATION].mean)
     return table
+
+
+def direct_effects(fit: Fit) -> pd.DataFrame:
+    """What perturbations do to single genes beside all programmes, for fits with ``direct=True``.
+
+    Returns:
+        One row per perturbation and gene: ``perturbation``, ``gene``, ``effect`` (posterior mean, in natural
+        logarithms of the share of counts, or in the units of normalised values) and ``effect_sd``. A constant
+        of all genes of a perturbation says nothing of counts: their effects have a median of zero.
+
+    Raises:
+        PredictionError: The model has no direct effects.
+    """
+    sites = _global_distributions(fit)
+    if DIRECT not in sites:
+        raise PredictionError("this model has no direct effects on genes; fit with direct=True")
+    effect_pg, sd_pg = sites[DIRECT].mean, sites[DIRECT].variance.sqrt()
+    if fit.screen.is_counts:
+        effect_pg = effect_pg - effect_pg.median(-1, keepdim=True).values
+    rows = pd.MultiIndex.from_product([fit.screen.targets, fit.screen.genes], names=["perturbation", "gene"])
+    columns = {"effect": effect_pg, "effect_sd": sd_pg}
+    values = {name: value.detach().cpu().numpy().ravel() for name, value in columns.items()}
+    return pd.DataFrame(values, index=rows).reset_index()
 
 
 def mechanism_graph(fit: Fit) -> pd.DataFrame:
