@@ -64,10 +64,11 @@ METHODS: dict[str, dict[str, Any]] = {
 ONE_BLOCK = ("iVAE", "VAE")
 """Methods of the sparse-shift family: their latents are not divided into blocks."""
 
-SUPERVISED, TRUTH = "supervised network", "true factors"
-REFERENCES = (SUPERVISED, TRUTH)
-"""The encoder trained to name the factors of training images: what can be read from them at all, with these
-many. The true factors, divided into the true blocks: what each block says of the other."""
+SUPERVISED, PROBE, TRUTH = "supervised network", "supervised network, more films", "true factors"
+REFERENCES = (SUPERVISED, PROBE, TRUTH)
+"""The encoder trained to name the factors of training images: what can be read with these many. The same on
+films of its own: what can be read from images at all. The true factors, divided into the true blocks: what
+each block says of the other."""
 
 N_INVARIANT, N_RESPONSIVE = 24, 8
 SHARED: dict[str, Any] = {
@@ -87,7 +88,10 @@ SUPERVISED_LR, SUPERVISED_DECAY, SUPERVISED_BATCH = 3e-3, 0.01, 64
 
 
 class Size(NamedTuple):
-    """Sequences to train, validate and score on, pixels along each side, units of networks, and epochs."""
+    """Sequences to train, validate and score on, pixels along each side, units of networks, and epochs.
+
+    The last number is that of the sequences that ``PROBE`` is trained on.
+    """
 
     train: int
     validation: int
@@ -95,17 +99,19 @@ class Size(NamedTuple):
     pixels: int
     n_hidden: int
     epochs: int
+    probe: int
 
 
 USUAL, FULL, SMALL = (
-    Size(1500, 100, 400, 32, 128, 24),
-    Size(20_000, 2000, 2000, 32, 256, 100),
-    Size(24, 4, 40, 8, 64, 1),
+    Size(1500, 100, 400, 32, 128, 24, 10_000),
+    Size(20_000, 2000, 2000, 32, 256, 100, 20_000),
+    Size(24, 4, 40, 8, 64, 1, 32),
 )
 """A size for one core of a CPU, one for a GPU, and one that only shows that all runs."""
 LENGTH = 8
-FIRST_SEED = 200
-"""Added to a job's seed: films of lower seeds were looked at while the settings were chosen."""
+FIRST_SEED, PROBE_SEED = 200, 10_000
+"""Added to a job's seed: films of lower seeds were looked at while the settings were chosen. And what
+is added to that for the films of ``PROBE``."""
 
 METRICS = {
     "r2_responsive": "R² responsive",
@@ -222,13 +228,17 @@ def score_job(job: Job, folder: Path) -> Scores:
     settings = {**SHARED, "n_hidden": size.n_hidden, "epochs": size.epochs}
     data = films(folder.parent.parent / "scenes", size, job.seed)
     split = by_sequence(size, job.seed)
-    factors_nf = data["factors"].values.reshape(-1, len(FACTORS))
-    x_ng = pixels(data)
+    factors_nf, x_ng = factors(data), pixels(data)
     blocks: tuple[Floats | None, Floats]
     if job.method == TRUTH:
         blocks = _true_blocks(answers(factors_nf))
     elif job.method == SUPERVISED:
-        blocks = _true_blocks(named_by_network(x_ng, factors_nf, split.train, size, job.seed))
+        known = (x_ng[split.train], factors_nf[split.train])
+        blocks = _true_blocks(named_by_network(x_ng, *known, size, job.seed))
+    elif job.method == PROBE:
+        own = size._replace(train=size.probe, validation=0, test=0)
+        more = films(folder.parent.parent / "scenes", own, PROBE_SEED + job.seed)
+        blocks = _true_blocks(named_by_network(x_ng, pixels(more), factors(more), size, job.seed))
     else:
         blocks = _latents(job, folder, as_cells(data, x_ng), split, settings | METHODS[job.method])
     return _scores(blocks, factors_nf, split, data["condition"].values, job.seed)
@@ -256,6 +266,12 @@ def pixels(data: xr.Dataset) -> NDArray[np.float32]:
     """Images as rows (y, x, rgb), [n, g], from -10 to 10: residuals are about 1 from the start."""
     x_ng: NDArray[np.float32] = data["image"].values.astype(np.float32) / 12.75 - 10
     return x_ng.reshape(-1, int(np.prod(x_ng.shape[2:])))
+
+
+def factors(data: xr.Dataset) -> Floats:
+    """True factors of every frame, [n, f]."""
+    factors_nf: Floats = data["factors"].values.reshape(-1, len(FACTORS))
+    return factors_nf
 
 
 def as_cells(data: xr.Dataset, x_ng: NDArray[np.float32]) -> ad.AnnData:
@@ -313,24 +329,23 @@ def _latents(
 
 def named_by_network(
     x_ng: NDArray[np.float32],
+    known_ng: NDArray[np.float32],
     factors_nf: Floats,
-    train: NDArray[np.int64],
     size: Size,
     seed: int,
 ) -> Floats:
-    """What an encoder says of images once it has learned the answers of the training images, [n, 22]."""
+    """What an encoder says of images x once it has learned the factors of known ones, [n, 22]."""
     torch.manual_seed(seed)
     answer_na = torch.from_numpy(answers(factors_nf)).float()
     net = Encoder(x_ng.shape[1], _N_ANSWERS, log_input=False, network="image", n_hidden=size.n_hidden)
     device = pick_device("auto")
     net.to(device)
     optimiser = torch.optim.AdamW(net.parameters(), weight_decay=SUPERVISED_DECAY)
-    steps = size.epochs * -(-len(train) // SUPERVISED_BATCH)
+    steps = size.epochs * -(-len(known_ng) // SUPERVISED_BATCH)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, SUPERVISED_LR, total_steps=steps)
-    pixel_ng = torch.from_numpy(x_ng)
+    pixel_ng = torch.from_numpy(known_ng)
     for _ in range(size.epochs):
-        for part in torch.randperm(len(train)).split(SUPERVISED_BATCH):
-            rows = train[part.numpy()]
+        for rows in torch.randperm(len(known_ng)).split(SUPERVISED_BATCH):
             said_na, _ = net(pixel_ng[rows].to(device))
             loss = (said_na - answer_na[rows].to(device)).square().mean()
             optimiser.zero_grad()
@@ -338,7 +353,7 @@ def named_by_network(
             optimiser.step()
             rate.step()
     with torch.no_grad():
-        said_na = torch.cat([net(part.to(device))[0].cpu() for part in pixel_ng.split(1000)])
+        said_na = torch.cat([net(part.to(device))[0].cpu() for part in torch.from_numpy(x_ng).split(1000)])
     return said_na.double().numpy()
 
 
