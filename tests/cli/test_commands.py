@@ -173,6 +173,16 @@ def test_graph(cli: Run, run: Path) -> None:
     assert len(table) == 4 * 3 and table["probability"].between(0, 1).all()
 
 
+def test_direct_effects_stand_beside_the_graph(cli: Run, fit_words: Callable[..., list[str]]) -> None:
+    assert cli(*fit_words("direct", "--settings.direct", "true")).code == 0
+    result = cli("graph", "direct", "--out", "new/G.csv")
+    assert result.code == 0 and result.out[-1].startswith("80 direct effects on genes, ")
+    table = pd.read_csv("new/G_direct.csv")
+    assert list(table) == ["perturbation", "gene", "effect", "effect_sd"] and len(table) == 4 * 20
+    wrong = cli(*fit_words("wrong", "--settings.direct", "maybe"))
+    assert wrong.code != 0 and "takes direct= one of [False, True], found 'maybe'" in wrong.err[-1]
+
+
 def test_predict_repeated_names_and_lists(cli: Run, run: Path) -> None:
     assert (
         cli("predict", run, "--perturb", "A", "--perturb", "C+B", "--cells", 7, "--out", "P.h5ad").code == 0
