@@ -58,8 +58,8 @@ def resampled_residuals(
     """What sets cells off their mean, ``n_cells`` times drawn with replacement, [n, g].
 
     All residuals once have a mean of exactly zero, as no sample of cells has. A distance that takes them for
-    a sample comes out too small, by √2 σ / 2n for the right distribution, σ² the summed variance of genes;
-    drawn with replacement they are a sample of what they are, n points.
+    a sample comes out too small, by about √2 σ / 2n for the right distribution, σ² the summed variance of
+    genes; drawn with replacement they are a sample of what they are, n points.
 
     Args:
         screen: The screen.
