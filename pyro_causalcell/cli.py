@@ -454,8 +454,9 @@ def graph(run: Path, out: Path) -> None:
             beside this one, FILE_lagged.csv: which programme acts on which a step later. Direct effects on
             genes, where they were fitted, go to FILE_direct.csv.
     """
+    _check_out(out)
     beside = {name: out.with_name(f"{out.stem}_{name}.csv") for name in ("lagged", "direct")}
-    for path in (out, *beside.values()):
+    for path in beside.values():
         _check_out(path)
     from pyro_causalcell.predict import direct_effects, lagged_graph
     from pyro_causalcell.predict import graph as edges_of
