@@ -283,7 +283,7 @@ class Space:
     def distances(self, method: CellPredictor) -> dict[str, NDArray[np.float64]]:
         """Distances of a method's cells from the measured ones, condition by condition."""
         predicted = method.cells(self.conditions, self.n_cells, self.seed)
-        return distance_scores(self.truth, self._placed(predicted), seed=self.seed)
+        return distance_scores(self.truth, self._placed(predicted))
 
     def _placed(self, cells: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
         return [self.pca.transform(x_ng) for x_ng in cells]

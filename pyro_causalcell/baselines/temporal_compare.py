@@ -237,7 +237,7 @@ class _Fold:
         if self.n_cells and isinstance(method, TimeCellPredictor):
             drawn = method.cells(self.conditions, self.times, self.n_cells, self.seed)
             placed = [self.pca.transform(drawn[i][j]) for i, j in zip(*self.place, strict=True)]
-            values |= distance_scores(self.cells, placed, ("e_distance",), self.seed)
+            values |= distance_scores(self.cells, placed, ("e_distance",))
         columns = {
             "method": method.name,
             "condition": [self.screen.conditions[c] for c, _ in self.pairs],

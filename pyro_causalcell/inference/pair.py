@@ -219,9 +219,9 @@ def _check_choices(cls: type, given: Mapping[str, Any]) -> None:
     except (NameError, TypeError):  # a user's class may name types that exist for a checker only
         return
     for name, value in given.items():
-        known = (False, True) if hints.get(name) is bool else get_args(hints.get(name))
-        is_choice = hints.get(name) is bool or get_origin(hints.get(name)) is Literal
-        if is_choice and value not in known:
+        hint = Literal[False, True] if hints.get(name) is bool else hints.get(name)
+        known = get_args(hint)
+        if get_origin(hint) is Literal and value not in known:
             raise PairError(f"{cls.__name__} takes {name}= one of {list(known)}, found {value!r}")
 
 

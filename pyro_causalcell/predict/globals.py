@@ -1,7 +1,7 @@
 """What a fit believes about its global latents: means, draws, the graph."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -129,11 +129,9 @@ def graph(fit: Fit) -> pd.DataFrame:
             "this model has no perturbation shifts (no global latent 'shift'), so there is no graph"
         )
     targets, programmes = edge_names(fit, len(effect_pk)), programme_names(fit)[-effect_pk.shape[1] :]
-    rows = pd.MultiIndex.from_product([targets, programmes], names=["perturbation", "programme"])
     columns = {"probability": probability_pk, "effect": effect_pk, "effect_sd": sd_pk}
     columns |= {name: sites[site].mean for name, site in OF_OTHERS.items() if site in sites}
-    values = {name: value.detach().cpu().numpy().ravel() for name, value in columns.items()}
-    table = pd.DataFrame(values, index=rows).reset_index()
+    table = _long({"perturbation": targets, "programme": programmes}, columns)
     if SATURATION in sites:
         table.attrs[SATURATION] = float(sites[SATURATION].mean)
     return table
@@ -156,10 +154,8 @@ def direct_effects(fit: Fit) -> pd.DataFrame:
     effect_pg, sd_pg = sites[DIRECT].mean, sites[DIRECT].variance.sqrt()
     if fit.screen.is_counts:
         effect_pg = effect_pg - effect_pg.median(-1, keepdim=True).values
-    rows = pd.MultiIndex.from_product([fit.screen.targets, fit.screen.genes], names=["perturbation", "gene"])
-    columns = {"effect": effect_pg, "effect_sd": sd_pg}
-    values = {name: value.detach().cpu().numpy().ravel() for name, value in columns.items()}
-    return pd.DataFrame(values, index=rows).reset_index()
+    axes = {"perturbation": fit.screen.targets, "gene": fit.screen.genes}
+    return _long(axes, {"effect": effect_pg, "effect_sd": sd_pg})
 
 
 def mechanism_graph(fit: Fit) -> pd.DataFrame:
@@ -209,11 +205,16 @@ def _weights(fit: Fit, by_perturbation: bool) -> pd.DataFrame:
     if by_perturbation:
         axes = {"perturbation": edge_names(fit, len(weight)), **axes}
     columns = {"probability": probability, "weight": weight, "weight_sd": sd}
-    values = {name: value.detach().cpu().numpy().ravel() for name, value in columns.items()}
     possible = torch.as_tensor(model.allowed_vk).bool().expand_as(weight).cpu().numpy().ravel()
-    rows = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
-    table = pd.DataFrame(values, index=rows)[possible].reset_index()
+    table = _long(axes, columns)[possible].reset_index(drop=True)
     return table[[*list(axes)[:-2], "parent", "programme", *columns]]
+
+
+def _long(axes: Mapping[str, Sequence[str]], columns: Mapping[str, Tensor]) -> pd.DataFrame:
+    """A row for each entry of some tensors with these axes, all of one shape."""
+    rows = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
+    values = {name: value.detach().cpu().numpy().ravel() for name, value in columns.items()}
+    return pd.DataFrame(values, index=rows).reset_index()
 
 
 def edge_names(fit: Fit, n_edges: int) -> list[str]:

@@ -220,11 +220,11 @@ def score_job(job: Job, folder: Path) -> Scores:
     effort = _effort(job)
     task = _task(job, effort)
     means = training_means(task.screen, task.split.train)
-    judges: list[Judge] = []
+    further: list[Judge] = []
     if job.method == REFERENCES:
         predictors = _references(job, task, means, effort)
         if task.screen.is_counts:
-            judges.append(partial(_likelihoods, task.screen, _count_baselines(task)))
+            further.append(partial(_likelihoods, task.screen, _count_baselines(task)))
     else:
         fit, screen = _trained(job, task, effort, folder)
         control = task.split.train[screen.condition_n[task.split.train] == 0]
@@ -233,9 +233,9 @@ def score_job(job: Job, folder: Path) -> Scores:
         predictors = [drawn, WithResiduals(drawn, task.screen, task.split.train)]
         if fit.screen.is_counts:
             law = partial(_nll, fit, screen, job.seed)
-            judges.append(partial(_likelihoods, task.screen, {job.method: law}))
-            judges.append(partial(_in_bands, job, fit, screen))
-    judges.append(partial(_scores, task.screen, means, predictors, effort, job.seed))
+            further.append(partial(_likelihoods, task.screen, {job.method: law}))
+            further.append(partial(_in_bands, job, fit, screen))
+    judges = [partial(_scores, task.screen, means, predictors, effort, job.seed), *further]
     tables = [judge(*part).assign(part=name) for name, part in task.parts.items() for judge in judges]
     kinds = [
         (method.name, name, task.kinds[name], kind)
