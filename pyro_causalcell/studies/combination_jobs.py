@@ -235,7 +235,7 @@ def score_job(job: Job, folder: Path) -> Scores:
             law = partial(_nll, fit, screen, job.seed)
             further.append(partial(_likelihoods, task.screen, {job.method: law}))
             further.append(partial(_in_bands, job, fit, screen))
-    judges = [partial(_scores, task.screen, means, predictors, effort, job.seed), *further]
+    judges: list[Judge] = [partial(_scores, task.screen, means, predictors, effort, job.seed), *further]
     tables = [judge(*part).assign(part=name) for name, part in task.parts.items() for judge in judges]
     kinds = [
         (method.name, name, task.kinds[name], kind)
