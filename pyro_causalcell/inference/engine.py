@@ -237,7 +237,8 @@ class TracedStep:
             self.program.zero_grad(set_to_none=True)
             with torch.random.fork_rng(devices=_cuda(batch)):
                 terms = step()
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            # without targets some sites have no elements
+            gradients = [p.grad for p in self.parameters if p.grad is not None and p.numel()]
             found.append([_loss(terms, batch), *gradients])
             for buffer, before in zip(self.program.buffers(), buffers, strict=True):
                 buffer.data.copy_(before)

@@ -309,6 +309,18 @@ def test_the_law_of_a_cell_does_not_depend_on_how_many_there_are():
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+def test_steps_without_perturbations_can_be_recorded():
+    """A plain time course: what has a row for each target is empty."""
+    times = (1.0, 2.0, 3.0)
+    model = _model(n_targets=0, n_conditions=1, doses_vary=False, times=times)
+    torch.manual_seed(1)
+    pair = Pair(model, TemporalSCMGuide(4, 0, times=times, alignment="none", **SIZES))
+    pair.train(True)
+    cells = _cells([0] * 6, list(times) * 2)._replace(u_np=torch.zeros(6, 0))
+    with pyro.validation_enabled(False):
+        assert TracedStep(pair, cells, {}).difference(cells, {}) < 1e-4
+
+
 def test_what_is_drawn_in_vain_is_drawn_by_a_recording_too():
     """While axes are sought no mechanism is used; without its draws the other draws would be others."""
     model, guide = _filled(_model()), _guide(alignment="none")
