@@ -59,12 +59,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "ours, pasts unknown": {"track": None},
     "iVAE": sparse_shift.PRESETS["ivae"],
     "VAE": sparse_shift.PRESETS["vae"],
+    "ours, more films": {},
+    "VAE, more films": sparse_shift.PRESETS["vae"],
 }
 """Settings that make each method. Without tracks the frames of a film are cells whose past is unknown."""
-ONE_BLOCK = ("iVAE", "VAE")
+ONE_BLOCK = ("iVAE", "VAE", "VAE, more films")
 """Methods of the sparse-shift family: their latents are not divided into blocks."""
+MORE = "more films"
+"""What the name of a method ends with that is trained on ``Size.more`` sequences."""
 
-SUPERVISED, PROBE, TRUTH = "supervised network", "supervised network, more films", "true factors"
+SUPERVISED, PROBE, TRUTH = "supervised network", f"supervised network, {MORE}", "true factors"
 REFERENCES = (SUPERVISED, PROBE, TRUTH)
 """The encoder trained to name the factors of training images: what can be read with these many. The same on
 films of its own: what can be read from images at all. The true factors, divided into the true blocks: what
@@ -90,7 +94,8 @@ SUPERVISED_LR, SUPERVISED_DECAY, SUPERVISED_BATCH = 3e-3, 0.01, 64
 class Size(NamedTuple):
     """Sequences to train, validate and score on, pixels along each side, units of networks, and epochs.
 
-    The last number is that of the sequences that ``PROBE`` is trained on.
+    The last two are for methods with more films: the sequences that they are trained on, and the epochs of
+    those of them that learn without the factors.
     """
 
     train: int
@@ -99,13 +104,14 @@ class Size(NamedTuple):
     pixels: int
     n_hidden: int
     epochs: int
-    probe: int
+    more: int
+    more_epochs: int
 
 
 USUAL, FULL, SMALL = (
-    Size(1500, 100, 400, 32, 128, 24, 10_000),
-    Size(20_000, 2000, 2000, 32, 256, 100, 20_000),
-    Size(24, 4, 40, 8, 64, 1, 32),
+    Size(1500, 100, 400, 32, 128, 24, 10_000, 10),
+    Size(20_000, 2000, 2000, 32, 256, 100, 40_000, 100),
+    Size(24, 4, 40, 8, 64, 1, 32, 1),
 )
 """A size for one core of a CPU, one for a GPU, and one that only shows that all runs."""
 LENGTH = 8
@@ -225,6 +231,8 @@ def run(
 def score_job(job: Job, folder: Path) -> Scores:
     """Simulate (or read what was simulated), train (or go on with it), score."""
     size = SMALL if job.arguments["quick"] else FULL if job.arguments["full"] else USUAL
+    if job.method in METHODS and job.method.endswith(MORE):
+        size = size._replace(train=size.more, epochs=size.more_epochs)
     settings = {**SHARED, "n_hidden": size.n_hidden, "epochs": size.epochs}
     data = films(folder.parent.parent / "scenes", size, job.seed)
     split = by_sequence(size, job.seed)
@@ -236,7 +244,7 @@ def score_job(job: Job, folder: Path) -> Scores:
         known = (x_ng[split.train], factors_nf[split.train])
         blocks = _true_blocks(named_by_network(x_ng, *known, size, job.seed))
     elif job.method == PROBE:
-        own = size._replace(train=size.probe, validation=0, test=0)
+        own = size._replace(train=size.more, validation=0, test=0)
         more = films(folder.parent.parent / "scenes", own, PROBE_SEED + job.seed)
         blocks = _true_blocks(named_by_network(x_ng, pixels(more), factors(more), size, job.seed))
     else:
