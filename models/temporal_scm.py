@@ -92,6 +92,21 @@ class Law(NamedTuple):
         loc_nmk, log_scale_nk, precision_nk, slack_nmk = (part[situation_n] for part in self)
         return TransitionMixture(loc_nmk, log_scale_nk, precision_nk, slack_nmk, logits_nm)
 
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the programmes over the possible pasts, each r, k."""
+        between_rk = self.loc_rmk.var(-2, unbiased=False)
+        return self.loc_rmk.mean(-2), (between_rk + torch.exp(2 * self.log_scale_rk)).sqrt()
+
+    def stretched(self, shift_rk: Tensor, ratio_rk: Tensor) -> "Law":
+        """Moved, and stretched about the mean over pasts."""
+        mean_r1k, ratio_r1k = self.loc_rmk.mean(-2, keepdim=True), ratio_rk.unsqueeze(-2)
+        return Law(
+            mean_r1k + shift_rk.unsqueeze(-2) + ratio_r1k * (self.loc_rmk - mean_r1k),
+            self.log_scale_rk + ratio_rk.log(),
+            self.precision_rk / ratio_rk**2,
+            self.slack_rmk * ratio_r1k**2,
+        )
+
     def draw(self) -> Tensor:
         """A draw for every past."""
         scale_rmk = self.log_scale_rk.exp().unsqueeze(-2)
@@ -140,6 +155,10 @@ class TemporalSCM(PyroModule):
     which is the same thing where transitions are linear. Pairing each cell with one random cell of the
     snapshot before (``join="mixture", n_sources=1``, as in the paper) teaches transitions to forget, for
     given the condition the two are independent.
+
+    In evaluation, cells at a time between two snapshots of their condition are led to the later one: what
+    transitions from the earlier one miss of the mean and spread of each programme in the later one is made up
+    for, in the share of the gap that has passed.
 
     Two more ways are there for comparison; both train the transitions, and leave likelihood and predictions
     to the moments. ``join="transport"`` lets a cell come from the pasts that entropic optimal transport
@@ -465,8 +484,10 @@ class TemporalSCM(PyroModule):
             assert batch.previous is not None and batch.previous.time_n is not None
             past_rmk, from_r = own_past_nk.unsqueeze(-2), batch.previous.time_n
             is_past_r = from_r < batch.time_n
-        past_rmk, step_r = self.roll(past_rmk, batch.u_np, from_r, batch.time_n, mechanism)
-        invariant, responsive = self.step(past_rmk, batch.u_np, step_r, mechanism)
+        invariant, responsive = self.moved(past_rmk, batch.u_np, from_r, batch.time_n, mechanism)
+        if own_past_nk is None and not self.training:
+            since_r = torch.where(is_past_r, from_r, batch.time_n)
+            invariant, responsive = self.bridged((invariant, responsive), past_rmk, since_r, batch, mechanism)
         is_start_r = ~is_past_r & (batch.time_n <= self.times_t[0])
         start_rv = batch.u_np @ mechanism.start_pv
         zeros_rl = start_rv.new_zeros(len(start_rv), self.n_invariant)
@@ -483,6 +504,50 @@ class TemporalSCM(PyroModule):
         invariant, responsive = (Law(*block) for block in blocks)
         return invariant, responsive
 
+    def moved(
+        self, past_rmk: Tensor, u_np: Tensor, from_r: Tensor, to_r: Tensor, mechanism: Mechanism
+    ) -> tuple[Law, Law]:
+        """Laws of z_l and z_v at a time, from each past at an earlier one."""
+        past_rmk, step_r = self.roll(past_rmk, u_np, from_r, to_r, mechanism)
+        return self.step(past_rmk, u_np, step_r, mechanism)
+
+    def bridged(
+        self,
+        laws: tuple[Law, Law],
+        past_rmk: Tensor,
+        from_r: Tensor,
+        batch: Batch,
+        mechanism: Mechanism,
+    ) -> tuple[Law, Law]:
+        """Laws between two snapshots of a condition, from pasts in the earlier one, led to the later one.
+
+        Transitions miss the mean and the spread of each programme in the later snapshot. As much of that is
+        made up for as of the gap has passed.
+        """
+        time_r = batch.time_n
+        assert time_r is not None
+        condition_r, measured_rt = self.measured(batch)
+        later_rt = measured_rt & (self.times_t > time_r.unsqueeze(-1) + 1e-6)
+        next_r = later_rt.long().argmax(-1)
+        is_measured_r = (measured_rt & ((self.times_t - time_r.unsqueeze(-1)).abs() <= 1e-6)).any(-1)
+        is_between_r = later_rt.any(-1) & ~is_measured_r & (from_r < time_r)
+        if not is_between_r.any():
+            return laws
+        to_r = torch.where(is_between_r, self.times_t[next_r], time_r)
+        share_r1 = torch.where(is_between_r, (time_r - from_r) / (to_r - from_r), 0.0).unsqueeze(-1)
+        seen_rmk = self.memory_ctmk[condition_r, next_r]
+        seen = (seen_rmk.mean(-2), seen_rmk.std(-2, unbiased=False))
+        seen_blocks = zip(
+            *(part.split([self.n_invariant, self.n_responsive], -1) for part in seen), strict=True
+        )
+        ahead = self.moved(past_rmk, batch.u_np, from_r, to_r, mechanism)
+        found = []
+        for law, law_ahead, (loc_rk, scale_rk) in zip(laws, ahead, seen_blocks, strict=True):
+            ahead_loc_rk, ahead_scale_rk = law_ahead.spread()
+            ratio_rk = 1 + share_r1 * (scale_rk / ahead_scale_rk - 1)
+            found.append(law.stretched(share_r1 * (loc_rk - ahead_loc_rk), ratio_rk))
+        return found[0], found[1]
+
     def past(self, batch: Batch, mechanism: Mechanism) -> tuple[Tensor, Tensor, Tensor]:
         """Possible pasts of each cell, n, m, k; whether they were measured; and their time, n.
 
@@ -490,9 +555,8 @@ class TemporalSCM(PyroModule):
         from the law of the first snapshot.
         """
         before_rt = self.times_t < batch.time_n.unsqueeze(-1) - 1e-6  # type: ignore[union-attr]
-        is_known_r = (batch.condition_n >= 0) & (batch.condition_n < len(self.filled_ct))
-        condition_r = torch.where(is_known_r, batch.condition_n, 0)
-        known_rt = self.filled_ct[condition_r] & before_rt & is_known_r.unsqueeze(-1)
+        condition_r, measured_rt = self.measured(batch)
+        known_rt = measured_rt & before_rt
         last_r = (known_rt * torch.arange(1, len(self.times_t) + 1, device=known_rt.device)).argmax(-1)
         is_past_r = known_rt.any(-1)
         chosen_m = torch.arange(self.memory_ctmk.shape[2], device=last_r.device)
@@ -507,6 +571,12 @@ class TemporalSCM(PyroModule):
             assert batch.time_n is not None
             from_r = torch.maximum(from_r, batch.time_n - self.longest_gap)
         return past_rmk, is_past_r, from_r
+
+    def measured(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Each cell's condition, n (0 for unknown ones), and at which times that was measured, n, t."""
+        is_known_r = (batch.condition_n >= 0) & (batch.condition_n < len(self.filled_ct))
+        condition_r = torch.where(is_known_r, batch.condition_n, 0)
+        return condition_r, self.filled_ct[condition_r] & is_known_r.unsqueeze(-1)
 
     def roll(
         self, z_rmk: Tensor, u_np: Tensor, from_r: Tensor, to_r: Tensor, mechanism: Mechanism
@@ -646,8 +716,7 @@ class TemporalSCM(PyroModule):
         """
         assert batch.time_n is not None
         mechanism = self.mechanism()
-        z_nmk, step_n = self.roll(z_nk.unsqueeze(1), batch.u_np, from_n, batch.time_n, mechanism)
-        laws = self.step(z_nmk, batch.u_np, step_n, mechanism)
+        laws = self.moved(z_nk.unsqueeze(1), batch.u_np, from_n, batch.time_n, mechanism)
         moved_nk = torch.cat([law.draw() for law in laws], -1).squeeze(1)
         return torch.where((batch.time_n > from_n + 1e-6).unsqueeze(-1), moved_nk, z_nk)
 

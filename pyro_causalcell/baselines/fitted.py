@@ -65,8 +65,8 @@ class TimeModelPredictor:
         n_cells: Cells drawn for a mean.
         seed: Seed of the draws.
         basal: Cells that set out for a time from the last of their snapshots that is not after it, and lend
-            their library sizes; control cells usually. None draws the past of cells, and their libraries
-            from all training cells.
+            their library sizes; control cells usually. None predicts populations: the past of cells is drawn
+            from the condition's own snapshots, their libraries from the training cells around the time.
 
     Attributes:
         seen_rows: Rows that the fit has looked at, in training or to know when to stop.

@@ -36,18 +36,44 @@ class CellSummary:
         library: 101 quantiles of the total counts.
         batch_rows: Distinct rows of the one-hot batch matrix.
         batch_share: Share of the cells in each.
+        times: Snapshots, where the screen has times.
+        library_t: 101 quantiles of the total counts in each of them.
     """
 
     library: list[float]
     batch_rows: list[list[float]]
     batch_share: list[float]
+    times: list[float] = field(default_factory=list)
+    library_t: list[list[float]] = field(default_factory=list)
 
     @classmethod
     def of(cls, screen: Screen, rows: np.ndarray) -> "CellSummary":
         """Summary of some cells of a screen."""
         batch_rows, n = np.unique(screen.batch_nb[rows], axis=0, return_counts=True)
-        library = np.quantile(screen.library_n[rows], np.linspace(0, 1, 101))
-        return cls(library.tolist(), batch_rows.tolist(), (n / n.sum()).tolist())
+        library_n, time_n = screen.library_n[rows], None if screen.time_n is None else screen.time_n[rows]
+        times = [] if time_n is None else np.unique(time_n).tolist()
+        library_t = [_quantiles(library_n[time_n == np.float32(time)]) for time in times]
+        share = (n / n.sum()).tolist()
+        return cls(_quantiles(library_n), batch_rows.tolist(), share, times, library_t)
+
+    def libraries(self, rank_n: np.ndarray, time: float | None = None) -> np.ndarray:
+        """Total counts of the cells of these ranks (0 to 1), shape (n,).
+
+        At a time they are those of its snapshot, of the two snapshots it lies between, or of the nearest.
+        """
+        grid = np.linspace(0, 1, 101)
+        if time is None or not self.times:
+            return np.interp(rank_n, grid, self.library)
+        snapshot = np.interp(time, self.times, np.arange(len(self.times)))
+        before, share = int(snapshot), snapshot % 1
+        after = min(before + 1, len(self.times) - 1)
+        quantile = (1 - share) * np.array(self.library_t[before]) + share * np.array(self.library_t[after])
+        return np.interp(rank_n, grid, quantile)
+
+
+def _quantiles(library_n: np.ndarray) -> list[float]:
+    found: list[float] = np.quantile(library_n, np.linspace(0, 1, 101)).tolist()
+    return found
 
 
 @dataclass

@@ -76,7 +76,7 @@ def predict(
         units: ``"counts"``, or ``"lognorm"``: log(1 + counts per 10,000). A model of normalised values
             predicts in the units of its training data, and takes neither.
         library: Total counts of the predicted cells; None keeps those of ``basal``, or draws from the
-            training cells'.
+            training cells', of the snapshots around the time where there are times.
         seed: Seed of the draws.
 
     Returns:
@@ -104,7 +104,7 @@ def predict(
             cells, factual = None, None
             if basal is None or rows is None:
                 noise_seed = int(rng.integers(2**31))
-                batch = prior_cells(fit, u_np, seed=int(rng.integers(2**31)))
+                batch = prior_cells(fit, u_np, seed=int(rng.integers(2**31)), time=time)
             else:
                 cells = basal.adata.obs_names.to_numpy()[rows].astype(str).tolist()
                 factual = next(iter(Minibatches(basal, rows, n_cells, shuffle=False, device=fit.device)))
@@ -291,11 +291,11 @@ def take(batch: Batch, index: Tensor) -> Batch:
     return batch._replace(**parts)
 
 
-def prior_cells(fit: Fit, u_np: Tensor, seed: int) -> Batch:
-    """Cells with a design, and libraries and batches drawn as in the training cells."""
+def prior_cells(fit: Fit, u_np: Tensor, seed: int, time: float | None = None) -> Batch:
+    """Cells with a design, and libraries (as around a time) and batches drawn as in the training cells."""
     rng, cells = np.random.default_rng(seed), fit.cells
     n = len(u_np)
-    library = np.interp(rng.random(n), np.linspace(0, 1, len(cells.library)), cells.library)
+    library = cells.libraries(rng.random(n), time)
     row = rng.choice(len(cells.batch_share), size=n, p=cells.batch_share)
     batch_nb = torch.tensor(cells.batch_rows, dtype=torch.float32).reshape(len(cells.batch_share), -1)[row]
     library_n1 = torch.tensor(library, dtype=torch.float32, device=fit.device).unsqueeze(-1)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -121,6 +123,16 @@ def test_temporal_model_predicts_the_mean_of_its_cells_at_each_time(evolved):
     cells = model.cells(["P02"], [2.0, 3.5], n_cells=30, seed=2)
     np.testing.assert_allclose(cells[0][1].mean(0), means[0, 1])
     assert not np.isin(np.flatnonzero(screen.time_n == 4), model.seen_rows).any()
+
+
+def test_predicted_cells_have_the_libraries_around_their_time(evolved):
+    trained, screen = evolved
+    assert trained.cells.times == [1.0, 2.0]
+    rows = trained.split.train[screen.time_n[trained.split.train] == 2]
+    np.testing.assert_allclose(trained.cells.library_t[1][50], np.median(screen.library_n[rows]))
+    told = replace(trained, cells=replace(trained.cells, library_t=[[10.0] * 101, [1000.0] * 101]))
+    drawn = predict(told, ["control"], 2, times=[1.0, 1.5, 2.0]).obs["library"]
+    assert drawn.tolist() == [10, 10, 505, 505, 1000, 1000]
 
 
 def test_temporal_model_starts_from_the_last_snapshot_before(evolved):

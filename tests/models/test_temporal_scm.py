@@ -225,6 +225,35 @@ def test_long_gaps_are_made_of_steps_no_longer_than_the_shortest():
     assert_close(same, z_nk)  # no time has passed
 
 
+def test_between_two_snapshots_cells_are_led_to_the_later_one():
+    """Halfway, half of what transitions miss of the later snapshot is made up for; just before it, all."""
+    model = _filled(_model(n_sources=128))
+    model.memory_ctmk[0, 2] = 3 * model.memory_ctmk[0, 2] + 5
+    model.eval()
+    mechanism = _mechanism()
+
+    def spreads(time: float, leads: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        model.filled_ct[0] = torch.tensor([True, False, leads])
+        with torch.no_grad():
+            laws = model.laws(_cells([0], [time]), mechanism)
+        mean_k, scale_k = (
+            torch.cat(parts, -1)[0] for parts in zip(*(law.spread() for law in laws), strict=True)
+        )
+        return mean_k, scale_k
+
+    seen_mk = model.memory_ctmk[0, 2]
+    missed_k = seen_mk.mean(0) - spreads(4.0)[0]  # at a snapshot the law is the transition's
+    assert missed_k.abs().min() > 2
+    halfway = [spreads(2.5, leads)[0] for leads in (True, False)]
+    assert_close(halfway[0] - halfway[1], missed_k / 2, rtol=0.1, atol=0.3)  # draws on the way
+    mean_k, scale_k = spreads(3.99)
+    assert_close(mean_k, seen_mk.mean(0), rtol=0.02, atol=0.1)
+    assert_close(scale_k, seen_mk.std(0), rtol=0.05, atol=0.05)
+    model.train()
+    assert_close(spreads(2.5), spreads(2.5, leads=False))
+
+
 def test_elbo_is_the_mean_over_minibatches(batch):
     """Full-batch terms of the data equal those of two halves: nothing is scaled wrongly."""
     model, guide = _filled(_model(likelihood="gaussian")), _guide(alignment="none")

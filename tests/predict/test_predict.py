@@ -7,6 +7,7 @@ import torch
 from pyro_causalcell.data import Screen
 from pyro_causalcell.errors import DataError, PredictionError
 from pyro_causalcell.inference import Fit, fit
+from pyro_causalcell.inference.fitted import CellSummary
 from pyro_causalcell.predict import latents, predict, replicate
 
 
@@ -70,6 +71,18 @@ def test_library_is_given_or_as_in_training(trained, screen):
     np.testing.assert_allclose(
         np.quantile(drawn, [0.1, 0.5, 0.9]), np.quantile(screen.library_n, [0.1, 0.5, 0.9]), rtol=0.1
     )
+
+
+def test_libraries_are_those_of_the_snapshots_around_a_time():
+    rank_n = np.array([0.0, 0.5, 1.0])
+    early, late = np.linspace(10, 30, 101).tolist(), np.linspace(100, 300, 101).tolist()
+    cells = CellSummary(np.linspace(10, 300, 101).tolist(), [[]], [1.0], [0.0, 4.0], [early, late])
+    last = [100, 200, 300]
+    for time, expected in ((-1, [10, 20, 30]), (1, [32.5, 65, 97.5]), (4, last), (9, last)):
+        np.testing.assert_allclose(cells.libraries(rank_n, time), expected)
+    np.testing.assert_allclose(cells.libraries(rank_n), [10, 155, 300])
+    older = CellSummary(cells.library, [[]], [1.0])  # runs that were written without times
+    np.testing.assert_allclose(older.libraries(rank_n, 1.0), [10, 155, 300])
 
 
 @pytest.mark.parametrize(
