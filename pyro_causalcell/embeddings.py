@@ -253,13 +253,15 @@ def _ratio(seen_pe: Tensor, centred_pd: Tensor, n_seen: Tensor) -> Tensor:
     """The ρ with the smallest error of seen targets, each predicted from the others; other rows are zero."""
     size_e, moment_ed = (seen_pe**2).sum(0), seen_pe.T @ centred_pd
     ratio_r = torch.logspace(-3, 3, 13, device=size_e.device, dtype=size_e.dtype)
-    error_r = []
+    errors = []
     for ratio in ratio_r:
         shrunk_pe = seen_pe / (size_e + 1 / ratio)
         leverage_p = 1 / n_seen + (shrunk_pe * seen_pe).sum(1)
         missed_pd = (centred_pd - shrunk_pe @ moment_ed) / (1 - leverage_p).unsqueeze(1)
-        error_r.append((missed_pd**2).sum())
-    return ratio_r[torch.stack(error_r).argmin()]
+        errors.append((missed_pd**2).sum())
+    error_r = torch.stack(errors)
+    # no index: a recorded step cannot look its number up
+    return torch.where(error_r == error_r.min(), ratio_r, torch.inf).min()
 
 
 def _mapped(embedding_pe: Tensor, map_df: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -350,6 +350,19 @@ def test_steps_without_perturbations_can_be_recorded():
         assert TracedStep(pair, cells, {}).difference(cells, {}) < 1e-4
 
 
+def test_steps_with_embeddings_can_be_recorded():
+    times, sizes = (1.0, 2.0, 3.0), {"n_embedding": 2, "target_cells": (4.0, 4.0)}
+    model = _model(times=times, doses_vary=False, **sizes)
+    torch.manual_seed(1)
+    guide = TemporalSCMGuide(4, 2, times=times, alignment="none", **SIZES, **sizes)
+    for side in (model, guide):
+        side.embedding_pe.copy_(torch.tensor([[0.5, -1.0], [-0.5, 1.0]]))
+    pair, cells = Pair(model, guide), _cells([0, 1, 2] * 3, [1.0] * 3 + [2.0] * 3 + [3.0] * 3)
+    pair.train(True)
+    with pyro.validation_enabled(False):
+        assert TracedStep(pair, cells, {}).difference(cells, {}) < 1e-4
+
+
 def test_what_is_drawn_in_vain_is_drawn_by_a_recording_too():
     """While axes are sought no mechanism is used; without its draws the other draws would be others."""
     model, guide = _filled(_model()), _guide(alignment="none")
