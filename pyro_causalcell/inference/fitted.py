@@ -64,11 +64,8 @@ class CellSummary:
         grid = np.linspace(0, 1, 101)
         if time is None or not self.times:
             return np.interp(rank_n, grid, self.library)
-        snapshot = np.interp(time, self.times, np.arange(len(self.times)))
-        before, share = int(snapshot), snapshot % 1
-        after = min(before + 1, len(self.times) - 1)
-        quantile = (1 - share) * np.array(self.library_t[before]) + share * np.array(self.library_t[after])
-        return np.interp(rank_n, grid, quantile)
+        library = [np.interp(time, self.times, part_t) for part_t in zip(*self.library_t, strict=True)]
+        return np.interp(rank_n, grid, library)
 
 
 def _quantiles(library_n: np.ndarray) -> list[float]:
