@@ -49,6 +49,8 @@ class TemporalSCMGuide(PyroModule):
         n_invariant, n_responsive, likelihood, gates, edges, graph: as in the model.
         alignment: See above.
         alpha: α, nats per cell.
+        sees_time: Let the encoder see a cell's time as well, for cells so shallow that x alone leaves open
+            what time they are from. Without it their latents lie between those of neighbouring snapshots.
         network, n_hidden, n_layers, norm, dropout, activation: of the encoder.
 
     Source: CITE-VAE (arXiv 2605.25581), equations 13 and 17.
@@ -71,6 +73,7 @@ class TemporalSCMGuide(PyroModule):
         graph: Literal["full", "triangular"] = "full",
         alignment: Literal["mmd", "pairs", "none"] = "mmd",
         alpha: float = 100.0,
+        sees_time: bool = False,
         network: Network = "mlp",
         n_hidden: int = 128,
         n_layers: int = 2,
@@ -84,6 +87,7 @@ class TemporalSCMGuide(PyroModule):
         self.needs = set() if alignment == "none" else {"control"}
         self.n_invariant, self.n_responsive = n_invariant, n_responsive
         self.gates, self.edges, self.alignment, self.alpha = gates, edges, alignment, alpha
+        self.sees_time = sees_time
         self.rotated_site = ("z_invariant", "z_responsive")
         self.register_buffer("times_t", torch.tensor(times))
         shape, n_programmes = (n_targets, n_responsive), n_invariant + n_responsive
@@ -110,7 +114,7 @@ class TemporalSCMGuide(PyroModule):
         self.encoder = Encoder(
             n_genes,
             n_programmes,
-            n_batches,
+            n_batches + sees_time,
             log_input=likelihood != "gaussian",
             network=network,
             n_hidden=n_hidden,
@@ -130,10 +134,10 @@ class TemporalSCMGuide(PyroModule):
         self.mechanism(batch)
         with pyro.plate("cells", batch.n_total, subsample=batch.index_n):
             control = None if self.alignment == "none" else batch.control
-            loc_nk, scale_nk, control_nk = encoded_together(self.encoder, batch, control)
+            loc_nk, scale_nk, control_nk = encoded_together(self.encoder, batch, control, self.beside)
             if batch.previous is not None:
                 past = batch.previous
-                past_loc_nk, past_scale_nk = self.encoder(past.x_ng, past.batch_nb)
+                past_loc_nk, past_scale_nk = self.encoder(past.x_ng, self.beside(past))
                 past_nk = past_loc_nk + past_scale_nk * torch.randn_like(past_loc_nk)
                 pyro.sample("z_past", dist.Delta(past_nk, event_dim=1))
             sizes = [self.n_invariant, self.n_responsive]
@@ -142,6 +146,14 @@ class TemporalSCMGuide(PyroModule):
             pyro.sample("z_responsive", dist.Normal(loc_nv, scale_nv).to_event(1))  # q(z_v | x)
             if control is not None:
                 self.align(loc_nl, control_nk[:, : self.n_invariant], batch)
+
+    def beside(self, batch: Batch) -> Tensor:
+        """What the encoder sees beside x: batch columns and, from 0 at the first snapshot to 1, time."""
+        if not self.sees_time:
+            return batch.batch_nb
+        assert batch.time_n is not None
+        first, last = self.times_t[0], self.times_t[-1]
+        return torch.cat([batch.batch_nb, ((batch.time_n - first) / (last - first)).unsqueeze(-1)], -1)
 
     def mechanism(self, batch: Batch) -> None:
         """q(π) q(γ) q(c) q(A), and q of the changes where they are open."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -259,20 +260,26 @@ class Encoder(nn.Module):
         self.log_scale.bias.copy_((map_kk**2 @ variance_k).log() / 2)
 
 
-def encoded_together(encoder: Encoder, cells: Batch, control: Batch | None) -> tuple[Tensor, Tensor, Tensor]:
+def encoded_together(
+    encoder: Encoder,
+    cells: Batch,
+    control: Batch | None,
+    beside: Callable[[Batch], Tensor] = attrgetter("batch_nb"),
+) -> tuple[Tensor, Tensor, Tensor]:
     """Location and scale of cells, n, k, and location of their control cells, in one pass.
 
     In passes of their own cells and control cells would be normalised by different statistics in training,
     and by neither of them in evaluation.
 
     Args:
-        encoder: An encoder of x and batch columns.
+        encoder: An encoder of x and what lies beside it.
         cells: The cells.
         control: Their control cells; without them the last tensor has no rows.
+        beside: What lies beside x, as columns; batch columns unless said otherwise.
     """
     both = [cells] if control is None else [cells, control]
     x_ng = torch.cat([b.x_ng for b in both if b.x_ng is not None])
-    loc, scale = encoder(x_ng, torch.cat([b.batch_nb for b in both]))
+    loc, scale = encoder(x_ng, torch.cat([beside(b) for b in both]))
     n = cells.n_cells
     return loc[:n], scale[:n], loc[n:]
 

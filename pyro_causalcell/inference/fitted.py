@@ -59,13 +59,15 @@ class CellSummary:
     def libraries(self, rank_n: np.ndarray, time: float | None = None) -> np.ndarray:
         """Total counts of the cells of these ranks (0 to 1), shape (n,).
 
-        At a time they are those of its snapshot, of the two snapshots it lies between, or of the nearest.
+        At a time they are those of its snapshot, those between which it lies (each quantile on a line in the
+        logarithm of total counts + 1), or of the nearest.
         """
         grid = np.linspace(0, 1, 101)
         if time is None or not self.times:
             return np.interp(rank_n, grid, self.library)
-        library = [np.interp(time, self.times, part_t) for part_t in zip(*self.library_t, strict=True)]
-        return np.interp(rank_n, grid, library)
+        # cells grow by factors; an empty one has no logarithm
+        log_library = [np.interp(time, self.times, q_t) for q_t in np.log1p(self.library_t).T]
+        return np.interp(rank_n, grid, np.expm1(log_library))
 
 
 def _quantiles(library_n: np.ndarray) -> list[float]:

@@ -343,7 +343,7 @@ def test_steps_without_perturbations_can_be_recorded():
     times = (1.0, 2.0, 3.0)
     model = _model(n_targets=0, n_conditions=1, doses_vary=False, times=times)
     torch.manual_seed(1)
-    pair = Pair(model, TemporalSCMGuide(4, 0, times=times, alignment="none", **SIZES))
+    pair = Pair(model, TemporalSCMGuide(4, 0, times=times, alignment="none", sees_time=True, **SIZES))
     pair.train(True)
     cells = _cells([0] * 6, list(times) * 2)._replace(u_np=torch.zeros(6, 0))
     with pyro.validation_enabled(False):
@@ -660,3 +660,18 @@ def test_cells_and_control_cells_share_one_pass_of_the_encoder(batch):
     guide.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     guide(batch)
     assert seen == [2 * batch.n_cells]
+
+
+def test_an_encoder_that_sees_time_tells_cells_with_the_same_counts_apart(batch):
+    same = batch._replace(x_ng=torch.zeros_like(batch.x_ng), previous=batch._replace(time_n=batch.time_n - 1))
+
+    def found(site: str, **settings) -> torch.Tensor:
+        node = poutine.trace(_guide(**settings)).get_trace(same).nodes[site]
+        return node["fn"].base_dist.loc
+
+    assert found("z_invariant").std(0).max() < 1e-6
+    loc_nl = found("z_invariant", sees_time=True)
+    assert_close(loc_nl[:3], loc_nl[3:])  # the same three times
+    assert (loc_nl[0] - loc_nl[1]).abs().min() > 1e-3
+    early_nb = _guide(sees_time=True).beside(same.previous)
+    assert_close(early_nb[:3, -1], torch.tensor([-1 / 3, 0.0, 2 / 3]))
