@@ -254,8 +254,7 @@ class Effort(NamedTuple):
 
 EFFORTS = {
     "full": Effort(
-        # long before the turn: axes are as good as the latents they are read off
-        model={"n_responsive": 6, "n_invariant": 10, "epochs": 170, "warm_start": 150},
+        model={"n_responsive": 6, "n_invariant": 10, "epochs": 60},
         n_drawn=2000,
         n_cells=200,
         n_steps=None,
