@@ -59,15 +59,15 @@ class CellSummary:
     def libraries(self, rank_n: np.ndarray, time: float | None = None) -> np.ndarray:
         """Total counts of the cells of these ranks (0 to 1), shape (n,).
 
-        At a time they are those of its snapshot, those between which it lies (each quantile on a line in the
-        logarithm of total counts + 1), or of the nearest.
+        At a time they are those of its snapshot, or of the nearest one, or between those of the two snapshots
+        around it: each quantile on a line in its inverse hyperbolic sine, almost its logarithm.
         """
         grid = np.linspace(0, 1, 101)
         if time is None or not self.times:
             return np.interp(rank_n, grid, self.library)
-        # cells grow by factors; an empty one has no logarithm
-        log_library = [np.interp(time, self.times, q_t) for q_t in np.log1p(self.library_t).T]
-        return np.interp(rank_n, grid, np.expm1(log_library))
+        # cells grow by factors; empty cells, and sums of normalised values, have no logarithm
+        between = [np.interp(time, self.times, q_t) for q_t in np.arcsinh(self.library_t).T]
+        return np.interp(rank_n, grid, np.sinh(between))
 
 
 def _quantiles(library_n: np.ndarray) -> list[float]:

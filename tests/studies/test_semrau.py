@@ -116,7 +116,7 @@ def test_the_quick_study_runs_and_goes_on(tmp_path, monkeypatch) -> None:
     assert set(by["ours"].index) == set(by["linear in time"].index) == set(semrau.METRICS)
     assert set(by["scNODE"].index) == {"rmse", "e_distance"}
     assert by["technical duplicate", "rmse_depth"] < by["ours", "rmse_depth"]
-    assert "n_responsive" in (tmp_path / "chosen.csv").read_text()
+    assert "transition" in (tmp_path / "chosen.csv").read_text()
     assert set(pd.read_csv(tmp_path / "differences.csv")["method"]) == set(semrau.REFERENCES)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "jobs").glob("*.json")}
     semrau.run(tmp_path, **chosen)
