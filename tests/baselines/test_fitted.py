@@ -131,8 +131,9 @@ def test_predicted_cells_have_the_libraries_around_their_time(evolved):
     rows = trained.split.train[screen.time_n[trained.split.train] == 2]
     np.testing.assert_allclose(trained.cells.library_t[1][50], np.median(screen.library_n[rows]))
     told = replace(trained, cells=replace(trained.cells, library_t=[[10.0] * 101, [1000.0] * 101]))
-    drawn = predict(told, ["control"], 2, times=[1.0, 1.5, 2.0]).obs["library"]
-    np.testing.assert_allclose(drawn, [10, 10, 100, 100, 1000, 1000], rtol=0.005)
+    drawn = predict(told, ["control"], 2, times=[1.0, 1.5, 2.0]).obs["library"].to_numpy()
+    np.testing.assert_allclose(drawn[[0, 1, 4, 5]], [10, 10, 1000, 1000], rtol=1e-6)
+    np.testing.assert_allclose(drawn[2:4], 100, rtol=0.002)
 
 
 def test_temporal_model_starts_from_the_last_snapshot_before(evolved):

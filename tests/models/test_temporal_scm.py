@@ -665,12 +665,11 @@ def test_cells_and_control_cells_share_one_pass_of_the_encoder(batch):
 def test_an_encoder_that_sees_time_tells_cells_with_the_same_counts_apart(batch):
     same = batch._replace(x_ng=torch.zeros_like(batch.x_ng), previous=batch._replace(time_n=batch.time_n - 1))
 
-    def found(site: str, **settings) -> torch.Tensor:
-        node = poutine.trace(_guide(**settings)).get_trace(same).nodes[site]
-        return node["fn"].base_dist.loc
+    def encoded(**settings) -> torch.Tensor:
+        return poutine.trace(_guide(**settings)).get_trace(same).nodes["z_invariant"]["fn"].base_dist.loc
 
-    assert found("z_invariant").std(0).max() < 1e-6
-    loc_nl = found("z_invariant", sees_time=True)
+    assert encoded().std(0).max() < 1e-6
+    loc_nl = encoded(sees_time=True)
     assert_close(loc_nl[:3], loc_nl[3:])  # the same three times
     assert (loc_nl[0] - loc_nl[1]).abs().min() > 1e-3
     early_nb = _guide(sees_time=True).beside(same.previous)
