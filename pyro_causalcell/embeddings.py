@@ -13,14 +13,25 @@ in its row, and an edge is the more likely the larger the expected effect:
 So a is what is expected of γμ, present or not. λ, τ, c and d are latent as well. A table that says nothing is
 found out: λ goes to zero, every a_p to the intercept, and τ to the spread of all effects.
 
-A model calls :func:`expected_effects`, :func:`expected_gates` and :func:`where_open` in place of its priors;
-a guide owns an :class:`EffectMapGuide` and a :class:`GateCurveGuide`, which sample the same sites. A target
-without training cells is given its prior there, given the draw of B: a prediction, as uncertain as the model
-says.
+Where a perturbation makes changes of several kinds to few programmes (shifts, noise, cuts), the other
+direction tells more: the row is read off what the target changes, as cells are,
+
+.. math::
+    e_p \sim \mathrm{Normal}(M^T m_p + b, \sigma)
+
+with m_p all changes of p. To find the m_p of an unseen target is then a sparse problem with as many
+equations as columns, not a regression with as many coefficients for every change. A model calls
+:func:`described` after it has drawn the changes; a guide owns a :class:`DescriptionGuide`.
+
+In the first direction a model calls :func:`expected_effects`, :func:`expected_gates` and :func:`where_open`
+in place of its priors; a guide owns an :class:`EffectMapGuide` and a :class:`GateCurveGuide`, which sample
+the same sites. A target without training cells is given its prior there, given the draw of B: a prediction,
+as uncertain as the model says.
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -32,8 +43,11 @@ from torch.distributions import constraints
 from pyro_causalcell.batch import MOST_COLUMNS
 
 __all__ = [
+    "DescriptionGuide",
     "EffectMapGuide",
     "GateCurveGuide",
+    "Reading",
+    "described",
     "expected_effects",
     "expected_gates",
     "seen_targets",
@@ -49,6 +63,10 @@ LEAST_EFFECT = 0.05
 LEAST_SHARE = 0.3
 """Where an edge is less likely than this, its effect is expected to be smaller than a / π: curves are learnt
 from the edges that were found, and give large numbers to divide by where there are few."""
+LEAST_NOISE = 1e-3
+"""Smallest standard deviation of what changes leave open about a standardised table."""
+READ_ROUNDS = 20
+"""Turns of the changes of a target and of the spread that each programme's changes seem to have."""
 GATE_CURVE = ((-2.0, 2.0), (0.0, 1.0))
 """Prior mean and standard deviation of c, and of log d."""
 
@@ -226,6 +244,142 @@ class GateCurveGuide(PyroModule):
         """Effects where their gates are open: those of seen targets as they are."""
         seen_p = self.seen_p.reshape(-1, *[1] * (loc_p.dim() - 1))
         return torch.where(seen_p, loc_p, where_open(loc_p, logit_pk))
+
+
+def described(embedding_pe: Tensor, change_pf: Tensor, known_p: Tensor) -> None:
+    """p(σ) p(M) p(e | m) in a model: the table, read off what each target changes.
+
+    Args:
+        embedding_pe: Standardised embeddings.
+        change_pf: All that each target changes, zero where it changes nothing.
+        known_p: Targets whose rows count.
+    """
+    unit = embedding_pe.new_tensor(embedding_pe.shape[1]).rsqrt()  # rows have a mean squared length of 1
+    log_noise = pyro.sample("table_log_noise", dist.Normal(unit.log(), 1.0))  # p(σ)
+    normal = dist.Normal(embedding_pe.new_zeros(change_pf.shape[1] + 1, len(embedding_pe.T)), unit)
+    map_fe = pyro.sample("table_map", normal.to_event(2))  # p(M)
+    rows = dist.Normal(change_pf @ map_fe[:-1] + map_fe[-1], log_noise.exp())
+    pyro.sample("table", rows.mask(known_p.unsqueeze(-1)).to_event(2), obs=embedding_pe)  # p(e | m)
+
+
+class Reading(NamedTuple):
+    r"""q(σ) q(M): what the seen targets say of how rows follow from changes.
+
+    Changes are counted from those of a typical target, the median of the seen ones, in units of their root
+    mean square.
+
+    Attributes:
+        map_fe: Mean of M for changes in these units.
+        log_noise: log σ.
+        doubt_ff: Covariance of the coefficients of a column, in units of σ².
+        base_f, unit_f, mean_f: The typical change, the unit, and the mean of the seen targets in units.
+        used_f: Whether any seen target changes it.
+    """
+
+    map_fe: Tensor
+    log_noise: Tensor
+    doubt_ff: Tensor
+    base_f: Tensor
+    unit_f: Tensor
+    mean_f: Tensor
+    used_f: Tensor
+
+    @classmethod
+    def of(cls, embedding_pe: Tensor, change_pf: Tensor, seen_p: Tensor) -> "Reading":
+        """Bayesian ridge regression of the rows of seen targets on their changes.
+
+        The ratio of prior and noise is the one that best predicts each row from the other targets'.
+        """
+        weight_p1 = seen_p.unsqueeze(1).to(torch.float64)
+        n_seen, row_pe, change_pf = weight_p1.sum(), weight_p1 * embedding_pe.double(), change_pf.double()
+        base_f = change_pf.masked_fill(~seen_p.unsqueeze(1), torch.nan).nanmedian(0).values
+        unit_f = (weight_p1 * (change_pf - base_f) ** 2).sum(0).div(n_seen).sqrt()
+        used_f = unit_f > LEAST_EFFECT
+        in_units_pf = weight_p1 * torch.where(used_f, (change_pf - base_f) / unit_f, 0.0)
+        mean_f = in_units_pf.sum(0) / n_seen
+        in_units_pf = weight_p1 * (in_units_pf - mean_f)
+        gram_ff, moment_fe = in_units_pf.T @ in_units_pf, in_units_pf.T @ row_pe
+        identity_ff = torch.eye(len(gram_ff), dtype=gram_ff.dtype, device=gram_ff.device)
+        ratio_r11 = torch.logspace(-3, 3, 13, device=gram_ff.device, dtype=gram_ff.dtype)[:, None, None]
+        doubt_rff = torch.linalg.inv_ex(gram_ff + identity_ff / ratio_r11)[0]
+        spare_rp = 1 - weight_p1.squeeze(1) / n_seen - ((in_units_pf @ doubt_rff) * in_units_pf).sum(-1)
+        missed_rpe = (row_pe - in_units_pf @ (doubt_rff @ moment_fe)) / spare_rp.unsqueeze(-1)
+        error_r = (missed_rpe**2).sum((1, 2))
+        # no index: a recorded step cannot look its number up
+        best_r = (error_r == error_r.min()).to(error_r)
+        best_r = best_r / best_r.sum()
+        doubt_ff = (best_r[:, None, None] * doubt_rff).sum(0)
+        noise_r = (spare_rp.unsqueeze(-1) * missed_rpe**2).sum((1, 2)) / (n_seen * row_pe.shape[1])
+        log_noise = ((best_r * noise_r).sum() + LEAST_NOISE**2).log() / 2
+        return cls(doubt_ff @ moment_fe, log_noise, doubt_ff, base_f, unit_f, mean_f, used_f)
+
+    def changes(self, row_ue: Tensor, n_parts: int) -> tuple[Tensor, Tensor]:
+        r"""q(m) of targets without cells: mean and standard deviation of each change, both u, f.
+
+        .. math::
+            m_{pf} \sim \mathrm{Normal}(0, w_{pv(f)}), \qquad
+            q(m_p) \propto \exp \mathrm{E}_{q(M)} \log p(e_p \mid m_p, M)\, p(m_p)
+
+        The changes of a programme v, one of each part, share the w that makes the row most probable. Most go
+        to zero: few programmes explain the row.
+
+        Args:
+            row_ue: Their rows of the standardised table.
+            n_parts: Kinds of changes, each of which has one for every programme.
+
+        Source: Tipping, Journal of Machine Learning Research 1, 2001 (sparse Bayesian learning).
+        """
+        told_ff = self.map_fe @ self.map_fe.T / (2 * self.log_noise).exp() + row_ue.shape[1] * self.doubt_ff
+        told_ff = told_ff * self.used_f * self.used_f.unsqueeze(1)
+        pull_uf = row_ue.double() @ self.map_fe.T / (2 * self.log_noise).exp() + told_ff @ self.mean_f
+        n_used_v = self.used_f.view(n_parts, -1).sum(0).clamp(min=1)
+        spread_uv = torch.ones_like(pull_uf[:, : len(n_used_v)])
+        for _ in range(READ_ROUNDS):
+            prior_uff = torch.diag_embed(1 / spread_uv.clamp(min=1e-8).repeat(1, n_parts))
+            covariance_uff = torch.linalg.inv_ex(told_ff + prior_uff)[0]
+            mean_uf = (covariance_uff @ pull_uf.unsqueeze(-1)).squeeze(-1)
+            variance_uf = covariance_uff.diagonal(dim1=-2, dim2=-1)
+            square_uf = self.used_f * (mean_uf**2 + variance_uf)
+            spread_uv = square_uf.unflatten(1, (n_parts, -1)).sum(1) / n_used_v
+        sd_uf = (self.unit_f * variance_uf.sqrt()).clamp(min=LEAST_EFFECT)
+        found = self.base_f + self.used_f * self.unit_f * mean_uf, sd_uf
+        return found[0].to(row_ue.dtype), found[1].to(row_ue.dtype)
+
+
+class DescriptionGuide(PyroModule):
+    """q(σ) q(M) from the changes of the seen targets; see :class:`Reading`.
+
+    Args:
+        seen_p: Whether a target has training cells.
+    """
+
+    seen_p: Tensor
+
+    def __init__(self, seen_p: Tensor):
+        super().__init__()
+        self.register_buffer("seen_p", seen_p)
+
+    def forward(self, embedding_pe: Tensor, change_pf: Tensor) -> Reading:
+        """Samples q(σ) and q(M), for changes as they are.
+
+        Args:
+            embedding_pe: Standardised embeddings.
+            change_pf: Expected changes of each target.
+        """
+        with torch.no_grad():  # the regression follows the changes; they do not follow it
+            found = Reading.of(embedding_pe, change_pf, self.seen_p)
+        unit_f1 = torch.where(found.used_f, found.unit_f, 1.0).unsqueeze(1)
+        map_fe, origin_f = found.map_fe / unit_f1, found.base_f + found.unit_f * found.mean_f
+        noise = found.log_noise.exp()
+        sd_f1 = noise * found.doubt_ff.diagonal().sqrt().unsqueeze(1) / unit_f1
+        mean_fe = torch.cat([map_fe, -(origin_f @ map_fe).unsqueeze(0)])
+        sd_fe = torch.cat([sd_f1, noise.reshape(1, 1) / self.seen_p.sum().sqrt()]).expand_as(mean_fe)
+        log_noise, mean_fe, sd_fe = (
+            part.to(embedding_pe.dtype) for part in (found.log_noise, mean_fe, sd_fe)
+        )
+        pyro.sample("table_log_noise", dist.Normal(log_noise, 0.1))  # q(σ)
+        pyro.sample("table_map", dist.Normal(mean_fe, sd_fe).to_event(2))  # q(M)
+        return found
 
 
 def _regression(embedding_pe: Tensor, effect_pd: Tensor, seen_p: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -12,8 +13,11 @@ from sklearn.model_selection import LeaveOneOut, cross_val_predict
 
 from pyro_causalcell import embeddings
 from pyro_causalcell.embeddings import (
+    DescriptionGuide,
     EffectMapGuide,
     GateCurveGuide,
+    Reading,
+    described,
     expected_effects,
     expected_gates,
     seen_targets,
@@ -166,3 +170,96 @@ def test_size_of_a_change_adds_up_its_parts():
     shift_pv, weight_pvk = torch.tensor([[3.0, 0.0]]), torch.tensor([[[0.0, 0.0], [1.0, 2.0]]])
     found = squared_size([shift_pv, weight_pvk], shift_pv)
     torch.testing.assert_close(found, torch.tensor([[9.0, 5.0]]))
+
+
+def _described(n_targets: int = 25, noise: float = 0.2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A standardised table, changes of two kinds to six programmes, and which targets are seen.
+
+    Each target changes one or two programmes; the last three targets are not seen.
+    """
+    generator = torch.Generator().manual_seed(3)
+    change_pf = torch.zeros(n_targets, 12)
+    for p in range(n_targets):
+        for v in {p % 6, int(torch.randint(6, (), generator=generator))}:
+            change_pf[p, [v, 6 + v]] = 2 * torch.randn(2, generator=generator) + 0.5
+    seen_p = torch.arange(n_targets) < n_targets - 3
+    told_pe = change_pf @ torch.randn(12, 14, generator=generator)
+    table_pe = told_pe / told_pe.std(0) + noise * torch.randn(n_targets, 14, generator=generator)
+    return standardised(table_pe, seen_p), change_pf, seen_p
+
+
+def test_rows_follow_from_changes_by_the_ridge_of_scikit_learn():
+    table_pe, change_pf, seen_p = _described()
+    moved_pf = change_pf.clone()
+    moved_pf[~seen_p] = 100.0  # never measured: has no say
+    found = Reading.of(table_pe, moved_pf, seen_p)
+    x_pf, y_pe = change_pf[seen_p].numpy(), table_pe[seen_p].numpy()
+    typical_f = np.median(x_pf, 0)
+    x_pf = (x_pf - typical_f) / np.sqrt(((x_pf - typical_f) ** 2).mean(0))
+    missed = {
+        penalty: ((cross_val_predict(Ridge(penalty), x_pf, y_pe, cv=LeaveOneOut()) - y_pe) ** 2).sum()
+        for penalty in 10.0 ** np.arange(-3, 3.5, 0.5)
+    }
+    best = min(missed, key=missed.get)
+    assert 1e-3 < best < 1e3
+    ridge = Ridge(best).fit(x_pf, y_pe)
+    np.testing.assert_allclose(found.map_fe, ridge.coef_.T, rtol=1e-3, atol=1e-4)
+    doubt_ff = np.linalg.inv(np.cov(x_pf.T, bias=True) * len(x_pf) + best * np.eye(12))
+    np.testing.assert_allclose(found.doubt_ff, doubt_ff, rtol=1e-3, atol=1e-5)
+    left = float(((ridge.predict(x_pf) - y_pe) ** 2).mean())
+    assert left < float((2 * found.log_noise).exp()) < missed[best] / y_pe.size
+
+
+def test_few_changes_are_read_off_a_row_where_a_regression_on_it_is_lost():
+    table_pe, change_pf, seen_p = _described(40)
+    mean_uf, sd_uf = Reading.of(table_pe, change_pf, seen_p).changes(table_pe[~seen_p], 2)
+    truth_uf = change_pf[~seen_p]
+    ridge_df, _ = embeddings._regression(table_pe, change_pf, seen_p)
+    regressed_uf = table_pe[~seen_p] @ ridge_df[:, :-1].T + ridge_df[:, -1]
+    missed, plainly = ((found - truth_uf).square().mean().sqrt() for found in (mean_uf, regressed_uf))
+    assert float(missed) < 0.65 * float(plainly)
+    is_changed_uf = truth_uf != 0
+    assert (
+        float(mean_uf[~is_changed_uf].abs().mean()) < 0.2 < 0.8 < float(mean_uf[is_changed_uf].abs().mean())
+    )
+    assert bool((sd_uf > 0).all()) and float(((mean_uf - truth_uf).abs() < 3 * sd_uf).float().mean()) > 0.9
+
+
+def test_a_table_of_noise_tells_what_a_typical_target_changes():
+    table_pe, change_pf, seen_p = _described()
+    change_pf[:, 0] = 1.5 + 0.1 * change_pf[:, 0]  # nearly all targets do this
+    change_pf[:, 5] = 0.0  # and nobody this
+    torch.manual_seed(0)
+    noise_pe = standardised(torch.randn_like(table_pe), seen_p)
+    mean_uf, sd_uf = Reading.of(noise_pe, change_pf, seen_p).changes(noise_pe[~seen_p], 2)
+    assert float((mean_uf[:, 0] - 1.5).abs().max()) < 0.2
+    assert bool((mean_uf[:, 5] == 0).all())
+    told_uf = Reading.of(table_pe, change_pf, seen_p).changes(table_pe[~seen_p], 2)[0]
+    others = [f for f in range(12) if f not in (0, 5)]
+    assert float(mean_uf[:, others].abs().mean()) < 0.4 * float(told_uf[:, others].abs().mean())
+    assert float(sd_uf[:, 1:5].mean()) > 0.5
+
+
+def test_the_model_scores_the_rows_that_count():
+    table_pe, change_pf, seen_p = _described()
+    map_fe = torch.randn(13, table_pe.shape[1])
+    data = {"table_log_noise": torch.tensor(-1.0), "table_map": map_fe}
+    trace = poutine.trace(poutine.condition(described, data=data)).get_trace(table_pe, change_pf, seen_p)
+    rows = dist.Normal(change_pf @ map_fe[:-1] + map_fe[-1], math.exp(-1.0))
+    expected = rows.log_prob(table_pe)[seen_p].sum()
+    trace.compute_log_prob()
+    assert float(trace.nodes["table"]["log_prob_sum"]) == pytest.approx(float(expected), rel=1e-5)
+    unit = table_pe.shape[1] ** -0.5
+    prior = dist.Normal(0.0, unit).log_prob(map_fe).sum()
+    assert float(trace.nodes["table_map"]["log_prob_sum"]) == pytest.approx(float(prior), rel=1e-5)
+
+
+def test_the_guides_map_predicts_the_rows_of_seen_targets():
+    table_pe, change_pf, seen_p = _described(noise=0.02)
+    change_pf[:, 7] = 0.3  # the same for all: says nothing
+    drawn = poutine.trace(DescriptionGuide(seen_p)).get_trace(table_pe, change_pf)
+    map_fe = drawn.nodes["table_map"]["fn"].base_dist.loc
+    left_pe = (change_pf @ map_fe[:-1] + map_fe[-1] - table_pe)[seen_p]
+    assert float(left_pe.square().mean()) < 0.05 * float(table_pe[seen_p].square().mean())
+    noise = float(drawn.nodes["table_log_noise"]["fn"].loc.exp())
+    assert 0.5 < noise / float(left_pe.std()) < 4
