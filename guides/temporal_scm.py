@@ -6,12 +6,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule, PyroParam
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_causalcell.batch import Batch, LaggedMechanisms, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, MeanFieldGate
-from pyro_causalcell.embeddings import EffectMapGuide, GateCurveGuide, seen_targets
+from pyro_causalcell.embeddings import LEAST_SHARE, DescriptionGuide, seen_targets
 from pyro_causalcell.nets import Activation, Encoder, Network, Norm, encoded_together
 from pyro_causalcell.penalties import alignment as align_pairs
 from pyro_causalcell.penalties import mmd_by_group
@@ -20,6 +20,9 @@ __all__ = ["TemporalSCMGuide"]
 
 OPEN_ABOVE = 0.1
 """Edges that start open after the warm start: lagged effects above this."""
+
+WORTH_A_GATE = 0.25
+"""Shift that opens the gate of a target without training cells, in standard deviations of a programme."""
 
 CUT_LOGIT = -2.2
 """Logit of the prior probability of a cut, for targets without training cells."""
@@ -46,7 +49,7 @@ class TemporalSCMGuide(PyroModule):
 
     Args:
         n_genes, n_targets, n_batches, target_cells, n_embedding, times: sizes of the screen.
-        n_invariant, n_responsive, likelihood, gates, edges, graph: as in the model.
+        n_invariant, n_responsive, likelihood, gates, edges, graph, onset: as in the model.
         alignment: See above.
         alpha: α, nats per cell.
         sees_time: Let the encoder see a cell's time as well, for cells so shallow that x alone leaves open
@@ -71,6 +74,7 @@ class TemporalSCMGuide(PyroModule):
         gates: Literal["posterior", "open"] = "posterior",
         edges: Literal["posterior", "open"] = "posterior",
         graph: Literal["full", "triangular"] = "full",
+        onset: float | None = None,
         alignment: Literal["mmd", "pairs", "none"] = "mmd",
         alpha: float = 100.0,
         sees_time: bool = False,
@@ -96,21 +100,21 @@ class TemporalSCMGuide(PyroModule):
             self.cut_logit = PyroParam(torch.full(shape, -2.0))
         if edges == "posterior":
             self.edge_logit = PyroParam(torch.full((n_responsive, n_programmes), 2.0))
-        for name, size in (("shift", shape), ("log_scale", shape), ("start", shape)):
-            self._normal(name, 0.1 * torch.randn(size) if name == "shift" else torch.zeros(size))
+        starts = ("start",) if onset is None else ()
+        self.changes = ("shift", "log_scale", *starts)
+        for name in self.changes:
+            self._normal(name, 0.1 * torch.randn(shape) if name == "shift" else torch.zeros(shape))
         own_vv = 0.5 * torch.eye(n_responsive) if graph == "full" else torch.zeros(n_responsive, n_responsive)
         self._normal("weight", torch.cat([torch.zeros(n_responsive, n_invariant), own_vv], 1))
         self.register_buffer("seen_p1", seen_targets(n_targets, target_cells).unsqueeze(-1))
         if n_embedding:
             self.register_buffer("embedding_pe", torch.zeros(n_targets, n_embedding))
-            seen_p = self.seen_p1.squeeze(-1)
-            self.maps = nn.ModuleDict({name: EffectMapGuide(name, seen_p) for name in ("shift", "start")})
-            self.gate_curve = GateCurveGuide("gate", n_responsive, seen_p)
-        rate_site = "gate_curve" if n_embedding else "gate_rate"
-        held = [rate_site, "gate", "min_effect", "cut", "min_cut"] if gates == "posterior" else []
+            self.description = DescriptionGuide(self.seen_p1.squeeze(-1))
+        held = ["gate_rate", "gate", "min_effect", "cut", "min_cut"] if gates == "posterior" else []
+        held += ["table_log_noise", "table_map", "table"] if n_embedding else []
         held += ["edge", "min_weight"] if edges == "posterior" else []
         held += [] if alignment == "none" else ["align"]
-        self.gate_sites = (*held, "shift", "log_scale", "start", "weight") if gates == "posterior" else ()
+        self.gate_sites = (*held, *self.changes, "weight") if gates == "posterior" else ()
         self.encoder = Encoder(
             n_genes,
             n_programmes,
@@ -157,36 +161,74 @@ class TemporalSCMGuide(PyroModule):
 
     def mechanism(self, batch: Batch) -> None:
         """q(π) q(γ) q(c) q(A), and q of the changes where they are open."""
-        ones_pv = torch.ones_like(self.shift_loc)
-        gate_pv, edge_vk = ones_pv, torch.ones_like(self.weight_loc)
+        ones_pv, edge_vk = torch.ones_like(self.shift_loc), torch.ones_like(self.weight_loc)
         gate = MeanFieldGate if self.training else Gate  # probabilities to train on, draws to predict
-        logit_pv = self.gate_logit if self.gates == "posterior" else None
-        shift, start = (self.shift_loc, self.shift_spread), (self.start_loc, self.start_spread)
+        gate_pv, logit_pv, cut_logit_pv = ones_pv, None, None
+        if self.gates == "posterior":
+            logit_pv, cut_logit_pv = self.gate_logit, torch.where(self.seen_p1, self.cut_logit, CUT_LOGIT)
+        normals = {
+            name: (getattr(self, f"{name}_loc"), getattr(self, f"{name}_spread")) for name in self.changes
+        }
+        unknown = (torch.zeros_like(ones_pv), 0.5 * ones_pv)
+        normals["log_scale"] = self.where_seen(normals["log_scale"], unknown)
         if hasattr(self, "embedding_pe"):
-            open_pv = ones_pv if logit_pv is None else torch.sigmoid(logit_pv)
-            *shift, expected_pv = self.maps["shift"](self.embedding_pe, open_pv, *shift)
-            *start, _ = self.maps["start"](self.embedding_pe, ones_pv, *start)
-            if logit_pv is not None:
-                logit_pv = self.gate_curve(expected_pv**2, logit_pv)
-                shift[0] = self.gate_curve.where_open(shift[0], logit_pv)
+            logit_pv, cut_logit_pv, normals = self.read(logit_pv, cut_logit_pv, normals)
         if logit_pv is not None:
-            if not hasattr(self, "embedding_pe"):
-                phi_pv = torch.sigmoid(logit_pv)
-                beta = dist.Beta(1 + phi_pv, len(phi_pv) + 1 - phi_pv)
-                pyro.sample("gate_rate", beta.to_event(2))  # q(π), the conjugate update
+            phi_pv = torch.sigmoid(logit_pv)
+            beta = dist.Beta(1 + phi_pv, len(phi_pv) + 1 - phi_pv)
+            pyro.sample("gate_rate", beta.to_event(2))  # q(π), the conjugate update
             gate_pv = pyro.sample("gate", gate(logits=logit_pv).to_event(2))  # q(γ)
-            cut_pv = torch.where(self.seen_p1, self.cut_logit, CUT_LOGIT)
-            pyro.sample("cut", gate(logits=cut_pv).to_event(2))  # q(c)
+            pyro.sample("cut", gate(logits=cut_logit_pv).to_event(2))  # q(c)
         if self.edges == "posterior":
             edge_vk = pyro.sample("edge", gate(logits=self.edge_logit).to_event(2))  # q(A)
-        log_scale_pv = torch.where(self.seen_p1, self.log_scale_loc, 0.0)
-        spread_pv = torch.where(self.seen_p1, self.log_scale_spread, 0.5)
-        pyro.sample("shift", GatedNormal(gate_pv, *shift).to_event(2))  # q(μ | γ)
-        pyro.sample("log_scale", GatedNormal(gate_pv, log_scale_pv, spread_pv).to_event(2))  # q(log σ | γ)
-        pyro.sample("start", dist.Normal(*start).to_event(2))
+        pyro.sample("shift", GatedNormal(gate_pv, *normals["shift"]).to_event(2))  # q(μ | γ)
+        pyro.sample("log_scale", GatedNormal(gate_pv, *normals["log_scale"]).to_event(2))  # q(log σ | γ)
+        if "start" in normals:
+            pyro.sample("start", dist.Normal(*normals["start"]).to_event(2))
         pyro.sample(
             "weight", GatedNormal(edge_vk, self.weight_loc, self.weight_spread).to_event(2)
         )  # q(w | A)
+
+    def where_seen(self, seen: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations of targets with training cells, and of the others."""
+        return torch.where(self.seen_p1, seen[0], other[0]), torch.where(self.seen_p1, seen[1], other[1])
+
+    def read(
+        self, logit_pv: Tensor | None, cut_logit_pv: Tensor | None, normals: dict[str, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor | None, Tensor | None, dict[str, tuple[Tensor, Tensor]]]:
+        """Samples q of how rows of the table follow from changes; changes of unseen targets from their rows.
+
+        A gate of theirs is open where the shift is larger than ``WORTH_A_GATE``, as probably as that is.
+        """
+        open_pv = torch.ones_like(self.shift_loc) if logit_pv is None else torch.sigmoid(logit_pv)
+        cut_pv = torch.zeros_like(open_pv) if cut_logit_pv is None else torch.sigmoid(cut_logit_pv)
+        locs = {name: loc for name, (loc, _) in normals.items()}
+        parts = [open_pv * locs["shift"], open_pv * locs["log_scale"], cut_pv]
+        parts += [locs["start"]] if "start" in locs else []
+        reading = self.description(self.embedding_pe, torch.cat(parts, -1))
+        if self.training or bool(self.seen_p1.all()):
+            return logit_pv, cut_logit_pv, normals
+        is_unseen_p = ~self.seen_p1.squeeze(-1)
+        found = reading.changes(self.embedding_pe[is_unseen_p], len(parts))
+        means, sds = (
+            value_uf.new_ones(len(open_pv), value_uf.shape[1])
+            .index_put((is_unseen_p,), value_uf)
+            .chunk(len(parts), -1)
+            for value_uf in found
+        )
+        if logit_pv is not None and cut_logit_pv is not None:
+            sides = [torch.special.ndtr((sign * means[0] - WORTH_A_GATE) / sds[0]) for sign in (-1, 1)]
+            open_pv = torch.stack(sides).sum(0).clamp(1e-4, 1 - 1e-4)
+            logit_pv = torch.where(self.seen_p1, logit_pv, torch.logit(open_pv))
+            cut_logit_pv = torch.where(self.seen_p1, cut_logit_pv, torch.logit(means[2].clamp(0.01, 0.99)))
+        share_pv = open_pv.clamp(min=LEAST_SHARE)
+        unseen = {"shift": (means[0] / share_pv, sds[0]), "log_scale": (means[1] / share_pv, sds[1])}
+        unseen |= {"start": (means[-1], sds[-1])}
+        return (
+            logit_pv,
+            cut_logit_pv,
+            {name: self.where_seen(normals[name], unseen[name]) for name in normals},
+        )
 
     def align(self, loc_nl: Tensor, control_nl: Tensor, batch: Batch) -> None:
         """Charge differences of z_l between cells and control cells of the same time."""
@@ -216,6 +258,6 @@ class TemporalSCMGuide(PyroModule):
         self.cut_logit.copy_(torch.where(seen.cut_pv, 4.0, -4.0))
         if self.edges == "posterior":
             self.edge_logit.copy_(torch.where(seen.weight_vk.abs() > OPEN_ABOVE, 4.0, -2.0))
-        for name in ("shift", "log_scale", "start"):
+        for name in self.changes:
             getattr(self, f"{name}_loc").copy_(getattr(seen, f"{name}_pv"))
         self.weight_loc.copy_(seen.weight_vk)

@@ -20,7 +20,7 @@ from pyro_causalcell.distributions import (
     measurement,
     spread,
 )
-from pyro_causalcell.embeddings import expected_effects, expected_gates, where_open
+from pyro_causalcell.embeddings import described, seen_targets
 from pyro_causalcell.nets import Activation, AdditiveMaps, Decoder, Network, Norm, times
 from pyro_causalcell.penalties import edge_cost, potentials, sinkhorn_divergence, transport_cost
 
@@ -68,6 +68,11 @@ class Mechanism(NamedTuple):
     start_pv: Tensor
     weight_vk: Tensor
 
+    def changes(self, with_start: bool) -> Tensor:
+        """All that each target changes, part by part, p, f."""
+        parts = [self.gate_pv * self.shift_pv, self.gate_pv * self.log_scale_pv, self.cut_pv]
+        return torch.cat([*parts, self.start_pv] if with_start else parts, -1)
+
 
 class Law(NamedTuple):
     """Normal laws of programmes in each situation r, one for each past m; see ``TransitionMixture``."""
@@ -110,7 +115,9 @@ class Law(NamedTuple):
     def draw(self) -> Tensor:
         """A draw for every past."""
         scale_rmk = self.log_scale_rk.exp().unsqueeze(-2)
-        return self.loc_rmk + scale_rmk * torch.randn_like(self.loc_rmk)
+        # in the order of its axes: a compiled step may lay loc out differently
+        noise_rmk = torch.randn_like(self.loc_rmk, memory_format=torch.contiguous_format)
+        return self.loc_rmk + scale_rmk * noise_rmk
 
 
 def moments(*laws: Law) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,7 +156,8 @@ class TemporalSCM(PyroModule):
     Snapshots are not paired: nobody knows the past of a cell. Its past is one of the cells of the snapshot
     before, of its condition, each as likely: p(z^{t+1}) is the mixture of the transitions of ``n_sources`` of
     them. They come from a memory of posterior draws that every training step renews. Where a condition has
-    no earlier snapshot, as one that was never measured, pasts are drawn from the law of the first snapshot.
+    no earlier snapshot, as one that was never measured, pasts are drawn from the law of the first snapshot,
+    or of the onset.
     A mixture over a sample needs many components where programmes have a long memory, and is too low with
     few; so by default the normal with the moments of those transitions stands in for it (``join="moments"``),
     which is the same thing where transitions are linear. Pairing each cell with one random cell of the
@@ -170,14 +178,19 @@ class TemporalSCM(PyroModule):
     Where the screen knows tracks (``track=``), a cell's past is no secret: it is drawn from q(z | x) of the
     same cell at the time before (site ``z_past``), and p(z^{t+1}) is its transition alone.
 
+    Where it is known when perturbations began to act (``onset``), nothing has moved before: at the onset the
+    programmes of every condition are standard normal each, and the first snapshots follow from there by
+    transitions, as later ones do; there are no starts. In snapshots close to the end of a response a
+    lasting shift is otherwise hard to tell from a slow programme.
+
     A gap between snapshots is divided into equal steps no longer than the shortest gap; a step of a part h of
     it goes z + h (f(z) - z), with noise of variance h σ². With ``transition="ode"`` it goes to where the
     differential equation dz/dt = f(z) - z leads in that time, so that programmes act on each other within a
     step as well; the variance that uncertain gates give to where it leads is then that of a straight step.
 
-    Where the screen has ``embeddings``, shifts and starts are centred on linear functions of them and the
-    rate of gates follows the size of the expected shift, in place of π and τ (see
-    ``pyro_causalcell.embeddings``), so that a target without training cells has a prediction.
+    Where the screen has ``embeddings``, a target's row is read off all that it changes (site ``table``, see
+    ``pyro_causalcell.embeddings``), so that one without training cells has a prediction: what explains its
+    row with changes of few programmes.
 
     ======  =================  =========  ===============================================================
     symbol  name               shape      meaning
@@ -201,7 +214,7 @@ class TemporalSCM(PyroModule):
 
     Args:
         n_genes, n_targets, n_batches, target_cells, n_embedding, n_cells, n_conditions, times, longest_gap,
-            doses_vary: sizes of the screen (see ``Dims``).
+            latest_start, doses_vary: sizes of the screen (see ``Dims``).
         n_invariant, n_responsive: Programmes l and v.
         likelihood: ``"nb"``, ``"zinb"``, ``"poisson"`` (counts) or ``"gaussian"`` (log-normalised values).
         gates: ``"posterior"``, or ``"open"``: every perturbation may change every mechanism.
@@ -211,6 +224,8 @@ class TemporalSCM(PyroModule):
         l1: Nats for a unit of absolute slope of an edge.
         transition: ``"additive"``: the effect of an edge may bend; ``"linear"``; ``"ode"``: effects that may
             bend act all along a step, see above.
+        onset: When perturbations began to act, on the scale of times and not after the first snapshot; None
+            if that is not known.
         join: ``"moments"`` or ``"mixture"``: how the transitions of possible pasts make up p(z);
             ``"transport"`` or ``"sinkhorn"``: what joins them in training, see above.
         n_sources: Possible pasts that are looked at in a step.
@@ -229,7 +244,7 @@ class TemporalSCM(PyroModule):
     site_dims = dict.fromkeys(
         ("gate_rate", "gate", "shift", "log_scale", "cut", "start"), ("perturbation", "responsive")
     ) | dict.fromkeys(("edge", "weight"), ("responsive", "programme"))
-    site_dims |= dict.fromkeys(("shift_map", "start_map"), ("responsive", "feature"))
+    site_dims |= {"table_map": ("change", "feature")}
     """Names of the axes of the global latents, for ArviZ."""
 
     def __init__(
@@ -243,6 +258,7 @@ class TemporalSCM(PyroModule):
         n_conditions: int = 1,
         times: tuple[float, ...] = (0.0, 1.0),
         longest_gap: float | None = None,
+        latest_start: float | None = None,
         doses_vary: bool = True,
         *,
         n_invariant: int = 10,
@@ -253,6 +269,7 @@ class TemporalSCM(PyroModule):
         graph: Literal["full", "triangular"] = "full",
         l1: float = 0.0,
         transition: Literal["additive", "linear", "ode"] = "additive",
+        onset: float | None = None,
         join: Literal["moments", "mixture", "transport", "sinkhorn"] = "moments",
         n_sources: int = 128,
         memory: int = 128,
@@ -274,6 +291,11 @@ class TemporalSCM(PyroModule):
             )
         if n_invariant < 1 or n_responsive < 1:
             raise ValueError("expected n_invariant and n_responsive of at least 1")
+        if onset is not None and onset > times[0]:
+            raise ValueError(
+                f"expected onset={onset} not to be after the first snapshot, at {times[0]}; leave out "
+                "earlier cells, or pass onset=None"
+            )
         self.needs = {"time", "normalised" if likelihood == "gaussian" else "counts"}
         self.n_targets, self.n_invariant, self.n_responsive = n_targets, n_invariant, n_responsive
         self.gates, self.edges, self.graph, self.l1 = gates if n_targets else "open", edges, graph, l1
@@ -284,6 +306,7 @@ class TemporalSCM(PyroModule):
         self.register_buffer("cells_p", torch.tensor(target_cells or [0.0] * n_targets))
         if n_embedding:
             self.register_buffer("embedding_pe", torch.zeros(n_targets, n_embedding))
+            self.register_buffer("seen_p", seen_targets(n_targets, target_cells))
         own_vk = torch.cat([torch.zeros(n_responsive, n_invariant), torch.eye(n_responsive)], 1)
         below_vv = torch.ones(n_responsive, n_responsive).tril(-1)
         self.register_buffer("own_vk", own_vk if graph == "full" else torch.zeros_like(own_vk))
@@ -295,7 +318,9 @@ class TemporalSCM(PyroModule):
         self.register_buffer("filled_ct", torch.zeros(n_conditions, len(times), dtype=torch.bool))
         gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
         self.unit, self.doses_vary = min(gaps), doses_vary
-        self.longest_gap = times[-1] - times[0] if longest_gap is None else longest_gap
+        self.onset, self.first = onset, times[0] if onset is None else onset
+        latest_start = times[-1] if latest_start is None else latest_start
+        self.longest_gap = max(longest_gap or 0.0, latest_start - self.first)
         # f_l and f_v
         bends = 0 if transition == "linear" else 4
         self.follows_ode = transition == "ode"
@@ -306,6 +331,8 @@ class TemporalSCM(PyroModule):
         self.responsive_map = AdditiveMaps(n_programmes, n_responsive, bends)
         self.responsive_offset_v = PyroParam(torch.zeros(n_responsive))
         self.responsive_log_scale_v = PyroParam(torch.full((n_responsive,), -0.2))
+        if self.first < times[0]:
+            self.onset_root_kk = PyroParam(torch.eye(n_programmes))
         # while axes are sought every snapshot of every condition has a normal law of its own
         self.free_loc_ctk = PyroParam(torch.zeros(n_conditions, len(times), n_programmes))
         self.free_log_scale_ctk = PyroParam(torch.zeros(n_conditions, len(times), n_programmes))
@@ -345,15 +372,10 @@ class TemporalSCM(PyroModule):
         edge_vk: Tensor = self.allowed_vk
         gate_pv = edge_vk.new_ones(self.n_targets, self.n_responsive)
         cut_pv = torch.zeros_like(gate_pv)
-        shift, start = self.expected("shift"), self.expected("start")
         if self.gates == "posterior":
             cost_p = self.cells_p * self.min_effect**2 / 2
-            if hasattr(self, "embedding_pe"):
-                logit_pv = expected_gates("gate", shift[0] ** 2)
-                gate, shift = Gate(logits=logit_pv), (where_open(shift[0], logit_pv), shift[1])
-            else:
-                beta = dist.Beta(gate_pv.new_ones(()), float(self.n_targets)).expand(gate_pv.shape)
-                gate = Gate(pyro.sample("gate_rate", beta.to_event(2)))  # p(π)
+            beta = dist.Beta(gate_pv.new_ones(()), float(self.n_targets)).expand(gate_pv.shape)
+            gate = Gate(pyro.sample("gate_rate", beta.to_event(2)))  # p(π)
             gate_pv = pyro.sample("gate", gate.to_event(2))  # p(γ | π)
             edge_cost("min_effect", gate_pv, cost_p)
             cut_pv = pyro.sample("cut", Gate(torch.full_like(gate_pv, 0.1)).to_event(2))  # p(c)
@@ -362,21 +384,21 @@ class TemporalSCM(PyroModule):
             edge_vk = pyro.sample("edge", Gate(0.5 * torch.ones_like(edge_vk)).to_event(2))  # p(A)
             edge_vk = edge_vk * self.allowed_vk * (1 - self.own_vk) + self.own_vk  # a past of its own is free
             edge_cost("min_weight", edge_vk, edge_vk.new_tensor([self.n_cells * self.min_weight**2 / 2]))
-        shift_pv = pyro.sample("shift", GatedNormal(gate_pv, *shift).to_event(2))  # p(μ | γ)
+        shift_pv = pyro.sample("shift", GatedNormal(gate_pv, 0.0, self.shift_scale).to_event(2))  # p(μ | γ)
         log_scale = GatedNormal(gate_pv, 0.0, 0.5)
         log_scale_pv = pyro.sample("log_scale", log_scale.to_event(2))  # p(log σ | γ)
-        start_pv = pyro.sample("start", dist.Normal(*start).to_event(2))
+        start_pv = torch.zeros_like(shift_pv)
+        if self.onset is None:
+            start = dist.Normal(torch.zeros_like(cut_pv), self.shift_scale)
+            start_pv = pyro.sample("start", start.to_event(2))
         weight_vk = pyro.sample("weight", GatedNormal(edge_vk, 0.0, 1.0).to_event(2))  # p(w | A)
         if self.l1:
             pyro.factor("sparsity", -self.l1 * self.n_cells * (edge_vk * weight_vk).abs().sum((-2, -1)))
-        return Mechanism(gate_pv, edge_vk, shift_pv, log_scale_pv, cut_pv, start_pv, weight_vk)
-
-    def expected(self, name: str) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of shifts, or starts, where they are there."""
+        found = Mechanism(gate_pv, edge_vk, shift_pv, log_scale_pv, cut_pv, start_pv, weight_vk)
         if hasattr(self, "embedding_pe"):
-            return expected_effects(name, self.embedding_pe, (self.n_responsive,), self.shift_scale)
-        zero_pv = self.allowed_vk.new_zeros(self.n_targets, self.n_responsive)
-        return zero_pv, zero_pv + self.shift_scale
+            # in training nobody reads the rows of targets without cells
+            described(self.embedding_pe, found.changes(self.onset is None), self.seen_p | (not self.training))
+        return found
 
     def situations(self, batch: Batch) -> tuple[Batch, Tensor | slice]:
         """The distinct conditions, times and designs of the cells, r, and which of them each cell is in.
@@ -406,6 +428,8 @@ class TemporalSCM(PyroModule):
         """Programmes of the same cells at the time before, n, k, as the guide drew them."""
         if batch.previous is None:
             return None
+        if self.onset is not None:
+            raise ValueError("tracked cells start from their own first snapshot; leave out onset= or track=")
         zero_nk = batch.u_np.new_zeros(batch.n_cells, self.n_invariant + self.n_responsive)
         law = dist.Normal(zero_nk, 1.0).to_event(1)
         past_nk: Tensor = pyro.sample("z_past", law.mask(False))  # its own law is a term of the cell before
@@ -454,7 +478,7 @@ class TemporalSCM(PyroModule):
         cells_rsk, known_r11 = self.remembered(batch)
         moved_rmk = torch.cat([invariant.draw(), responsive.draw()], -1)
         assert batch.time_n is not None
-        is_later_r = batch.time_n > self.times_t[0]
+        is_later_r = batch.time_n > self.first
         missed_r = sinkhorn_divergence(moved_rmk, cells_rsk, self.blur)
         missed_r = torch.where(is_later_r & known_r11.flatten(), missed_r, 0.0)
         missed_n = missed_r.expand(len(is_later_r))[situation_n]
@@ -488,7 +512,7 @@ class TemporalSCM(PyroModule):
         if own_past_nk is None and not self.training:
             since_r = torch.where(is_past_r, from_r, batch.time_n)
             invariant, responsive = self.bridged((invariant, responsive), past_rmk, since_r, batch, mechanism)
-        is_start_r = ~is_past_r & (batch.time_n <= self.times_t[0])
+        is_start_r = ~is_past_r & (batch.time_n <= self.first)
         start_rv = batch.u_np @ mechanism.start_pv
         zeros_rl = start_rv.new_zeros(len(start_rv), self.n_invariant)
         return invariant.where(is_start_r, zeros_rl), responsive.where(is_start_r, start_rv)
@@ -552,7 +576,7 @@ class TemporalSCM(PyroModule):
         """Possible pasts of each cell, n, m, k; whether they were measured; and their time, n.
 
         They are cells of the last snapshot of its condition before it. Where there is none, they are drawn
-        from the law of the first snapshot.
+        from the law of the first snapshot, or of the onset.
         """
         before_rt = self.times_t < batch.time_n.unsqueeze(-1) - 1e-6  # type: ignore[union-attr]
         condition_r, measured_rt = self.measured(batch)
@@ -564,13 +588,20 @@ class TemporalSCM(PyroModule):
             chosen_m = torch.randperm(len(chosen_m), device=last_r.device)[: self.n_sources]
         seen_rmk = self.memory_ctmk[condition_r[:, None], last_r[:, None], chosen_m]
         start_rv = torch.cat([self._zeros(batch), batch.u_np @ mechanism.start_pv.detach()], -1)
-        drawn_rmk = start_rv.unsqueeze(-2) + torch.randn_like(seen_rmk[:1])
+        drawn_rmk = start_rv.unsqueeze(-2) + self.at_onset(torch.randn_like(seen_rmk[:1]))
         past_rmk = torch.where(is_past_r[:, None, None], seen_rmk, drawn_rmk)
-        from_r = torch.where(is_past_r, self.times_t[last_r], self.times_t[0])
+        from_r = torch.where(is_past_r, self.times_t[last_r], self.first)
         if self.training:  # in the first steps, what lies further back stands in for snapshots not yet seen
             assert batch.time_n is not None
             from_r = torch.maximum(from_r, batch.time_n - self.longest_gap)
         return past_rmk, is_past_r, from_r
+
+    def at_onset(self, noise_rmk: Tensor) -> Tensor:
+        """Standard normal programmes; before the first snapshot they may be correlated."""
+        if not hasattr(self, "onset_root_kk"):
+            return noise_rmk
+        root_kk = self.onset_root_kk.tril()
+        return noise_rmk @ (root_kk / root_kk.norm(dim=-1, keepdim=True)).mT
 
     def measured(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Each cell's condition, n (0 for unknown ones), and at which times that was measured, n, t."""

@@ -96,8 +96,9 @@ class Dims(NamedTuple):
         n_conditions: Conditions, control first.
         times: Times of the snapshots, sorted; empty where the screen has none.
         n_embedding: Columns of the targets' embeddings, as models see them; 0 where the screen has none.
-        longest_gap: Longest time between successive snapshots of a condition (or of a track), or from the
-            first snapshot of all to its own first; None where it is not known.
+        longest_gap: Longest time between successive snapshots of a condition (or of a track); None where it
+            is not known.
+        latest_start: When the last of the conditions (or tracks) was first seen; likewise.
         doses_vary: Whether cells of one condition may differ in their doses.
     """
 
@@ -110,6 +111,7 @@ class Dims(NamedTuple):
     times: tuple[float, ...] = ()
     n_embedding: int = 0
     longest_gap: float | None = None
+    latest_start: float | None = None
     doses_vary: bool = True
 
 
@@ -139,7 +141,7 @@ class LaggedMechanisms(NamedTuple):
         shift_pv: Shift of its mean; zero where nothing is altered.
         log_scale_pv: Change of the log of its standard deviation.
         cut_pv: Whether the perturbation cuts the programme off its parents.
-        start_pv: Shift at the first snapshot.
+        start_pv: Shift at the first snapshot, for models that do not know the onset.
         weight_vk: Effect of a programme, invariant ones first, on a responsive one a step later.
     """
 

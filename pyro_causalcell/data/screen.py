@@ -295,6 +295,7 @@ class Screen:
         design_n = self._design_n if rows is None else self._design_n[rows]
         cells_d = np.bincount(design_n, minlength=self._u_dp.shape[0]).astype(np.float64)
         target_cells = self._u_dp.astype(np.float64).power(2).T @ cells_d
+        longest_gap, latest_start = self._gaps(rows)
         return Dims(
             n_cells=len(design_n),
             n_genes=self.n_genes,
@@ -304,19 +305,20 @@ class Screen:
             n_conditions=len(self.conditions),
             times=tuple(self._times(rows)),
             n_embedding=0 if self.embedding_pe is None else min(self.embedding_pe.shape[1], MOST_COLUMNS),
-            longest_gap=self._longest_gap(rows),
+            longest_gap=longest_gap,
+            latest_start=latest_start,
             doses_vary=self._spec.dose is not None,
         )
 
-    def _longest_gap(self, rows: np.ndarray | None) -> float | None:
-        """Longest time that a condition, or a track, goes unseen, from the first snapshot of all on."""
+    def _gaps(self, rows: np.ndarray | None) -> tuple[float | None, float | None]:
+        """The longest time between snapshots of a condition, or a track, and the latest first one of any."""
         if self.time_n is None:
-            return None
+            return None, None
         followed_n = self.condition_n if self.track_n is None else self.track_n
         cells = pd.DataFrame({"followed": followed_n, "time": self.time_n})
         cells = (cells if rows is None else cells.iloc[rows]).drop_duplicates().sort_values("time")
-        before = cells.groupby("followed")["time"].shift(fill_value=cells["time"].min())
-        return float((cells["time"] - before).max())
+        times = cells.groupby("followed")["time"]
+        return float(times.diff().fillna(0.0).max()), float(times.min().max())
 
     def _times(self, rows: np.ndarray | None) -> list[float]:
         """Times of the snapshots of some cells."""

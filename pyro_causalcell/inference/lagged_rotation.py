@@ -1,5 +1,7 @@
 """Axes for programmes that evolve: blocks, lagged effects and changes read off the moments of snapshots."""
 
+import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +42,17 @@ RIDGE = 1e-3
 
 
 class _Snapshots(NamedTuple):
-    """Moments of the cells of each condition c at each time t; not a number where there are few cells."""
+    """Moments of the cells of each condition c at each time t; not a number where there are few cells.
+
+    Where it is known when perturbations began to act, steps are those that lead to each snapshot from the one
+    before, the first one from then on: how many, and how long each is in units.
+    """
 
     design_cp: np.ndarray
     size_ct: np.ndarray
     mean_ctk: np.ndarray
     covariance_ctkk: np.ndarray
+    steps: list[tuple[int, float]] | None
 
     def later(self) -> np.ndarray:
         """Which conditions were seen after the first snapshot, bool c."""
@@ -65,6 +72,7 @@ def lagged_rotation(
     n_invariant: int,
     *,
     variance_k: Tensor,
+    onset: float | None = None,
     n_starts: int = 12,
     seed: int = 0,
 ) -> Rotation:
@@ -88,16 +96,17 @@ def lagged_rotation(
         time_n: Their times.
         n_invariant: Invariant programmes l.
         variance_k: Average posterior variance of each latent, which the means do not show.
+        onset: When perturbations began to act, not after the first snapshot; None if it is not known.
         n_starts: Starts of the fit; the best one is kept.
         seed: Seed of the starts.
 
     Returns:
-        The map, the offset, the shifts of all programmes, and the lagged mechanisms. Control cells are
-        standard normal at the first snapshot.
+        The map, the offset, the shifts of all programmes, and the lagged mechanisms. Control cells have
+        standard deviations of 1 at the first snapshot, and means of 0 at the onset, or else there.
     """
     z = z_nk.double().cpu().numpy()
     extra_kk = np.diag(variance_k.double().cpu().numpy())
-    seen = _moments(z, u_np, time_n.cpu().numpy(), extra_kk)
+    seen = _moments(z, u_np, time_n.cpu().numpy(), extra_kk, onset)
     centre_k = seen.mean_ctk[0, 0].copy()
     seen = seen._replace(mean_ctk=seen.mean_ctk - centre_k)
     whiten_kk = inverse_root(seen.covariance_ctkk[0, 0])
@@ -120,12 +129,17 @@ def lagged_rotation(
         single_precision(found["weight_vk"] * sd_k / sd_v[:, None]),
     )
     shift_pk = np.pad(shift_pv, ((0, 0), (n_invariant, 0)))
-    axes = (single_precision(part) for part in (map_kk, -map_kk @ centre_k, shift_pk))
+    offset_k = -map_kk @ centre_k - found["origin_k"] / sd_k
+    axes = (single_precision(part) for part in (map_kk, offset_k, shift_pk))
     return Rotation(next(axes), next(axes), next(axes), mechanisms).to(z_nk.device)
 
 
 def _moments(
-    z: np.ndarray, u_np: Tensor | sparse.csr_matrix, time_n: np.ndarray, extra_kk: np.ndarray
+    z: np.ndarray,
+    u_np: Tensor | sparse.csr_matrix,
+    time_n: np.ndarray,
+    extra_kk: np.ndarray,
+    onset: float | None,
 ) -> _Snapshots:
     """Moments of every condition at every time, control first."""
     u_cp, condition_n = distinct_designs(u_np)
@@ -139,7 +153,15 @@ def _moments(
         size_ct[c, t] = len(cells)
         if len(cells) > k:
             mean_ctk[c, t], covariance_ctkk[c, t] = cells.mean(0), np.cov(cells.T) + extra_kk
-    return _Snapshots(u_cp.toarray(), size_ct, mean_ctk, covariance_ctkk)
+    steps = None if onset is None else _steps([onset, *times.tolist()], np.diff(times).min())
+    return _Snapshots(u_cp.toarray(), size_ct, mean_ctk, covariance_ctkk, steps)
+
+
+def _steps(times: list[float], unit: float) -> list[tuple[int, float]]:
+    """Equal steps between successive times, no longer than a unit: how many, and their length in units."""
+    gaps = [(later - time) / unit for time, later in pairwise(times)]
+    numbers = [math.ceil(gap - 1e-3) for gap in gaps]
+    return [(number, gap / max(number, 1)) for number, gap in zip(numbers, gaps, strict=True)]
 
 
 def _blocks(seen: _Snapshots, n_invariant: int) -> np.ndarray:
@@ -255,6 +277,32 @@ def _background(seen: _Snapshots, shift_pv: np.ndarray, n_invariant: int) -> np.
     return slope_vl
 
 
+def _first(
+    seen: _Snapshots, moved_ctv: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Axes in rows to start from, and, in those of the blocks, lagged effects and shifts."""
+    n_v = moved_ctv.shape[2]
+    if seen.steps is not None:  # where programmes end tells sparse shifts well enough
+        lagged_vv = 0.5 * np.eye(n_v)
+        shift_pv = 0.5 * _by_target(seen.design_cp[1:], _last(moved_ctv))
+        return _turn(shift_pv, np.eye(n_v), rng), lagged_vv, shift_pv
+    turn_vv = np.eye(n_v)
+    for _ in range(ROUNDS):
+        back_vv = np.linalg.inv(turn_vv)
+        lagged_vv = back_vv @ _lagged(moved_ctv @ turn_vv.T) @ turn_vv
+        shift_pv = _by_target(seen.design_cp[1:], _innovations(moved_ctv, lagged_vv))
+        turn_vv = _turn(shift_pv, _noise(seen, lagged_vv), rng)
+    return turn_vv, lagged_vv, shift_pv
+
+
+def _last(moved_ctv: np.ndarray) -> np.ndarray:
+    """Values of each condition at its last snapshot that is known; zero where there is none."""
+    known_ct = np.isfinite(moved_ctv).all(-1)
+    last_c = known_ct.shape[1] - 1 - known_ct[:, ::-1].argmax(1)
+    last_cv: np.ndarray = np.nan_to_num(moved_ctv[np.arange(len(last_c)), last_c])
+    return last_cv
+
+
 class _MomentFit(dict[str, np.ndarray]):
     """Parameters of the linear temporal SCM that moments are fitted with."""
 
@@ -266,12 +314,7 @@ class _MomentFit(dict[str, np.ndarray]):
     ) -> "_MomentFit":
         """The best of several starts."""
         moved_ctv = (seen.mean_ctk - seen.mean_ctk[0])[1:, :, n_invariant:]
-        turn_vv = np.eye(moved_ctv.shape[2])
-        for _ in range(ROUNDS):
-            back_vv = np.linalg.inv(turn_vv)
-            lagged_vv = back_vv @ _lagged(moved_ctv @ turn_vv.T) @ turn_vv
-            shift_pv = _by_target(seen.design_cp[1:], _innovations(moved_ctv, lagged_vv))
-            turn_vv = _turn(shift_pv, _noise(seen, lagged_vv), rng)
+        turn_vv, lagged_vv, shift_pv = _first(seen, moved_ctv, rng)
         fits = []
         for start in range(n_starts):
             if start:
@@ -347,6 +390,7 @@ class _MomentFit(dict[str, np.ndarray]):
             background_vl=background_vl,
             weight_vk=np.pad(turn_vv @ lagged_vv @ np.linalg.inv(turn_vv), ((0, 0), (n_l, 0))),
             weight_ll=0.7 * np.eye(n_l),
+            origin_k=np.zeros(n_l + n_v),
             offset_k=np.zeros(n_l + n_v),
             log_scale_k=np.full(n_l + n_v, -0.3),
             shift_pv=shift_pv,
@@ -371,7 +415,7 @@ class _MomentFit(dict[str, np.ndarray]):
         self, seen: _Snapshots, n_steps: int, n_total: int, n_before: int = 0, lr: float = 0.03
     ) -> "_MomentFit":
         """The parameters after some of the gradient steps of a run; the penalty sharpens over the run."""
-        place = _Transitions.of(seen)
+        place = _Transitions.of(seen) if seen.steps is None else _Paths.of(seen)
         part = {name: torch.tensor(value, requires_grad=True) for name, value in self.items()}
         optimizer = torch.optim.Adam(part.values(), lr=lr)
         loss = torch.zeros(())
@@ -379,7 +423,7 @@ class _MomentFit(dict[str, np.ndarray]):
             share = step / n_total
             optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 * (1 - share)) + 1e-4
             width = max(SHARPEST, 0.6 * (1 - share / 0.6))
-            loss = place.misfit(part) + place.penalty(part, width)
+            loss = place.misfit(part) + _penalty(part, width, place.size_r.sum())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -409,35 +453,103 @@ class _Transitions(NamedTuple):
 
     def misfit(self, part: dict[str, Tensor]) -> Tensor:
         """Nats per cell of the normal laws that the parameters predict, in the axes of the blocks."""
-        n_v, n_l = part["background_vl"].shape
-        n_r = len(self.u_rp)
-        identity = torch.eye(n_l, dtype=torch.float64)
-        first_lk = torch.cat([identity, identity.new_zeros(n_l, n_v)], 1)
-        map_kk = torch.cat([first_lk, torch.cat([part["background_vl"], part["turn_vv"]], 1)])
-        keep_rv = (1 - self.u_rp.unsqueeze(-1) * part["cut_logit_pv"].sigmoid()).prod(1)
-        keep_rk = torch.cat([keep_rv.new_ones(n_r, n_l), keep_rv], 1)
-        own_lk = torch.cat([part["weight_ll"], identity.new_zeros(n_l, n_v)], 1)
-        weight_rkk = keep_rk.unsqueeze(-1) * torch.cat([own_lk, part["weight_vk"]])
-        shift_rk = torch.nn.functional.pad(self.u_rp @ part["shift_pv"], (n_l, 0))
-        noise_rk = part["log_scale_k"] + torch.nn.functional.pad(self.u_rp @ part["log_scale_pv"], (n_l, 0))
-        before_rk = self.mean_rk @ map_kk.T
-        mean_rk = (weight_rkk @ before_rk.unsqueeze(-1)).squeeze(-1) + keep_rk * part["offset_k"] + shift_rk
-        spread_rkk = weight_rkk @ (map_kk @ self.covariance_rkk @ map_kk.T) @ weight_rkk.mT
-        root_rkk = torch.linalg.cholesky(spread_rkk + torch.diag_embed(torch.exp(2 * noise_rk)))
-        left_rk1 = (self.later_mean_rk @ map_kk.T - mean_rk).unsqueeze(-1)
-        later_rkk = torch.linalg.cholesky(map_kk @ self.later_covariance_rkk @ map_kk.T)
-        white = torch.linalg.solve_triangular(root_rkk, torch.cat([later_rkk, left_rk1], -1), upper=False)
-        nats_r = root_rkk.diagonal(dim1=-2, dim2=-1).log().sum(-1) + (white**2).sum((-1, -2)) / 2
-        return (self.size_r * nats_r).sum() / self.size_r.sum() - torch.linalg.slogdet(part["turn_vv"])[1]
+        map_kk, step = _map(part), _Step.under(part, self.u_rp)
+        moments = step(self.mean_rk @ map_kk.T, map_kk @ self.covariance_rkk @ map_kk.T)
+        later = self.later_mean_rk @ map_kk.T, map_kk @ self.later_covariance_rkk @ map_kk.T
+        nats = (self.size_r * _nats(*moments, *later)).sum() / self.size_r.sum()
+        return nats - torch.linalg.slogdet(part["turn_vv"])[1]
 
-    def penalty(self, part: dict[str, Tensor], width: float) -> Tensor:
-        """About log(n) / 2 nats for each shift, change of noise and lagged effect, twice that for a cut."""
+
+class _Paths(NamedTuple):
+    """Moments of all snapshots r that were measured, and the steps that lead to them from the onset."""
+
+    u_cp: Tensor
+    steps: list[tuple[int, float]]
+    known_ct: Tensor
+    size_r: Tensor
+    mean_rk: Tensor
+    covariance_rkk: Tensor
+    origin_kk: Tensor
+
+    @classmethod
+    def of(cls, seen: _Snapshots) -> "_Paths":
+        assert seen.steps is not None
+        known_ct = np.isfinite(seen.mean_ctk).all(-1)
+        parts = [moment[known_ct] for moment in (seen.size_ct, seen.mean_ctk, seen.covariance_ctkk)]
+        tensors = map(torch.as_tensor, [known_ct, *parts, seen.covariance_ctkk[0, 0]])
+        return cls(torch.as_tensor(seen.design_cp), seen.steps, *tensors)
+
+    def misfit(self, part: dict[str, Tensor]) -> Tensor:
+        """Nats per cell of the normal laws that the parameters predict, in the axes of the blocks."""
+        map_kk, step = _map(part), _Step.under(part, self.u_cp)
+        n_c = len(self.u_cp)
+        mean_ck = part["origin_k"].expand(n_c, -1)
+        covariance_ckk = (map_kk @ self.origin_kk @ map_kk.T).expand(n_c, -1, -1)
+        means, covariances = [], []
+        for number, length in self.steps:
+            for _ in range(number):
+                mean_ck, covariance_ckk = step(mean_ck, covariance_ckk, length)
+            means.append(mean_ck)
+            covariances.append(covariance_ckk)
+        mean_rk, covariance_rkk = (torch.stack(rolled, 1)[self.known_ct] for rolled in (means, covariances))
+        found = self.mean_rk @ map_kk.T, map_kk @ self.covariance_rkk @ map_kk.T
+        nats = (self.size_r * _nats(mean_rk, covariance_rkk, *found)).sum() / self.size_r.sum()
+        return nats - torch.linalg.slogdet(part["turn_vv"])[1]
+
+
+class _Step(NamedTuple):
+    """What a unit of time does to programmes under each design r: their target, and noise."""
+
+    weight_rkk: Tensor
+    offset_rk: Tensor
+    noise_rk: Tensor
+
+    @classmethod
+    def under(cls, part: dict[str, Tensor], u_rp: Tensor) -> "_Step":
         n_v, n_l = part["background_vl"].shape
-        others_vk = 1 - torch.nn.functional.pad(torch.eye(n_v, dtype=torch.float64), (n_l, 0))
-        counted = sum(_counted(part[name], width).sum() for name in ("shift_pv", "log_scale_pv"))
-        counted = counted + 2 * part["cut_logit_pv"].sigmoid().sum()
-        counted = counted + (others_vk * _counted(part["weight_vk"], width / 2)).sum()
-        return self.size_r.sum().log() / 2 * counted / self.size_r.sum()
+        n_r = len(u_rp)
+        keep_rv = (1 - u_rp.unsqueeze(-1) * part["cut_logit_pv"].sigmoid()).prod(1)
+        keep_rk = torch.cat([keep_rv.new_ones(n_r, n_l), keep_rv], 1)
+        own_lk = torch.nn.functional.pad(part["weight_ll"], (0, n_v))
+        weight_rkk = keep_rk.unsqueeze(-1) * torch.cat([own_lk, part["weight_vk"]])
+        shift_rk = torch.nn.functional.pad(u_rp @ part["shift_pv"], (n_l, 0))
+        log_scale_rk = torch.nn.functional.pad(u_rp @ part["log_scale_pv"], (n_l, 0))
+        noise_rk = torch.exp(2 * (part["log_scale_k"] + log_scale_rk))
+        return cls(weight_rkk, keep_rk * part["offset_k"] + shift_rk, noise_rk)
+
+    def __call__(self, mean_rk: Tensor, covariance_rkk: Tensor, length: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Moments after a step of a length."""
+        identity_kk = torch.eye(mean_rk.shape[-1], dtype=mean_rk.dtype)
+        weight_rkk = identity_kk + length * (self.weight_rkk - identity_kk)
+        mean_rk = (weight_rkk @ mean_rk.unsqueeze(-1)).squeeze(-1) + length * self.offset_rk
+        spread_rkk = weight_rkk @ covariance_rkk @ weight_rkk.mT
+        return mean_rk, spread_rkk + torch.diag_embed(length * self.noise_rk)
+
+
+def _map(part: dict[str, Tensor]) -> Tensor:
+    """From the axes of the blocks to those of the fit."""
+    n_v, n_l = part["background_vl"].shape
+    first_lk = torch.eye(n_l, n_l + n_v, dtype=torch.float64)
+    return torch.cat([first_lk, torch.cat([part["background_vl"], part["turn_vv"]], 1)])
+
+
+def _nats(mean_rk: Tensor, covariance_rkk: Tensor, seen_mean_rk: Tensor, seen_rkk: Tensor) -> Tensor:
+    """Cross-entropy of the normals of given moments, for cells of other moments, less a constant."""
+    root_rkk = torch.linalg.cholesky(covariance_rkk)
+    left_rk1 = (seen_mean_rk - mean_rk).unsqueeze(-1)
+    seen_root_rkk = torch.linalg.cholesky(seen_rkk)
+    white = torch.linalg.solve_triangular(root_rkk, torch.cat([seen_root_rkk, left_rk1], -1), upper=False)
+    return root_rkk.diagonal(dim1=-2, dim2=-1).log().sum(-1) + (white**2).sum((-1, -2)) / 2
+
+
+def _penalty(part: dict[str, Tensor], width: float, n_cells: Tensor) -> Tensor:
+    """About log(n) / 2 nats for each shift, change of noise and lagged effect, twice that for a cut."""
+    n_v, n_l = part["background_vl"].shape
+    others_vk = 1 - torch.nn.functional.pad(torch.eye(n_v, dtype=torch.float64), (n_l, 0))
+    counted = sum(_counted(part[name], width).sum() for name in ("shift_pv", "log_scale_pv"))
+    counted = counted + 2 * part["cut_logit_pv"].sigmoid().sum()
+    counted = counted + (others_vk * _counted(part["weight_vk"], width / 2)).sum()
+    return n_cells.log() / 2 * counted / n_cells
 
 
 def _loss(fit: _MomentFit) -> float:

@@ -602,7 +602,13 @@ class Trainer:
         elif "time" in getattr(self.pair.model, "needs", set()):
             time_n = torch.from_numpy(self.screen.time_n[self.split.train])  # type: ignore[index]
             turn = lagged_rotation(
-                loc_nk, u_np, time_n, locs[0].shape[-1], variance_k=variance_k, seed=self.seed
+                loc_nk,
+                u_np,
+                time_n,
+                locs[0].shape[-1],
+                variance_k=variance_k,
+                onset=getattr(self.pair.model, "onset", None),
+                seed=self.seed,
             )
         else:
             turn = block_rotation(loc_nk, u_np, locs[0].shape[-1], variance_k=variance_k, seed=self.seed)

@@ -122,6 +122,7 @@ class Protocol(NamedTuple):
         controls: Spellings of control.
         symbols: A target's name in a file -> the symbol of its gene.
         times: Times that are kept of a file; None is all.
+        onset: When knock-outs are induced, on the scale of times; None if that is not known.
         excluded: Targets of a file that are left out.
         smallest_stratum: Cells that a knock-out needs at a time (in a clone, if the study has those) to be
             kept.
@@ -137,6 +138,7 @@ class Protocol(NamedTuple):
     controls: Sequence[str]
     symbols: Mapping[str, str]
     times: Sequence[int] | None
+    onset: float | None
     excluded: Sequence[str]
     smallest_stratum: int
     screens: Mapping[str, Mapping[str, Any]]
@@ -164,6 +166,7 @@ HIPSC = Protocol(
     controls=("control", "ctrl", "non-targeting", "NT", "WT"),
     symbols={},
     times=None,
+    onset=0.0,
     excluded=(),
     smallest_stratum=0,
     screens={
@@ -197,6 +200,7 @@ IPSC2 = Protocol(
     controls=("SCR",),
     symbols={"NKX2.5": "NKX2-5"},
     times=(0, 2, 6, 12),
+    onset=None,
     excluded=("B2M",),
     smallest_stratum=20,
     screens={
@@ -254,7 +258,7 @@ class Effort(NamedTuple):
 
 EFFORTS = {
     "full": Effort(
-        model={"n_responsive": 6, "n_invariant": 10, "epochs": 60},
+        model={"n_responsive": 6, "n_invariant": 10, "epochs": 45, "warm_start": 30},
         n_drawn=2000,
         n_cells=200,
         n_steps=None,
@@ -424,6 +428,7 @@ def score_job(job: Job, folder: Path) -> Scores:
 
 def _ours(job: Job, screen: Screen, effort: Effort, folder: Path) -> TimeModelPredictor:
     settings = {"likelihood": "nb", **effort.model, **MODELS[job.method]}
+    settings["onset"] = PROTOCOLS[job.study].onset
     if settings.get("gates") == "open":
         settings["warm_start"] = 0  # no gates, no sparse axes to turn to
     fit = inference.fit(

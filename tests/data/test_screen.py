@@ -133,7 +133,8 @@ def test_dims_know_how_long_a_condition_goes_without_a_snapshot(tiny_adata):
     screen = Screen(adata, "target", "control", time="time", allow_empty=True)
     assert screen.dims().longest_gap == 3.0 and not screen.dims().doses_vary
     assert screen.dims(np.arange(3)).longest_gap == 2.0
-    assert screen.dims(np.array([0, 1, 5])).longest_gap == 3.0  # A is first seen long after the start
+    seen = screen.dims(np.array([0, 1, 5]))
+    assert seen.longest_gap == 1.0 and seen.latest_start == 4.0  # A is first seen long after the start
     assert Screen(adata, "target", "control", dose="dose", allow_empty=True).dims().doses_vary
 
 

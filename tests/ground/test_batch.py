@@ -33,7 +33,7 @@ def test_to_moves_every_tensor_and_the_batches_inside():
 def test_dims_are_the_arguments_models_take():
     first = ("n_cells", "n_genes", "n_targets", "n_batches", "target_cells")
     # with defaults: older run folders do not have them
-    later = ("n_conditions", "times", "n_embedding", "longest_gap", "doses_vary")
+    later = ("n_conditions", "times", "n_embedding", "longest_gap", "latest_start", "doses_vary")
     assert Dims._fields == first + later and set(Dims._field_defaults) == set(later)
 
 

@@ -12,7 +12,7 @@ from pyro import poutine
 from scipy import stats
 from torch.testing import assert_close
 
-from pyro_causalcell.batch import Batch
+from pyro_causalcell.batch import Batch, Rotation
 from pyro_causalcell.data import Screen
 from pyro_causalcell.distributions import PopulationNormal, TransitionMixture
 from pyro_causalcell.errors import DataError, PairError, PredictionError
@@ -225,6 +225,34 @@ def test_long_gaps_are_made_of_steps_no_longer_than_the_shortest():
     assert_close(same, z_nk)  # no time has passed
 
 
+@pytest.mark.parametrize("onset", [-1.0, 1.0])
+def test_from_the_onset_on_first_snapshots_are_made_by_transitions_too(onset):
+    """Two steps of a linear process lead to the first snapshot; at the onset itself nothing has moved."""
+    model = _model(transition="linear", times=(1.0, 2.0, 4.0), onset=onset, memory=50_000).eval()
+    if onset < 1:
+        model.onset_root_kk.data[1, 0] = 0.75  # correlations, of programmes that keep a variance of 1
+    mechanism = _mechanism(
+        weight_vk=torch.tensor([[0.0, 0.5, 0.0], [0.4, 0.0, 0.8]]),
+        log_scale_pv=torch.zeros(2, 2),
+        start_pv=torch.zeros(2, 2),
+    )
+    cells = _cells([0, 1], [1.0, 1.0])
+    with torch.no_grad():
+        spreads = zip(*(law.spread() for law in model.laws(cells, mechanism)), strict=True)
+        mean_ck, sd_ck = (torch.cat(parts, -1) for parts in spreads)
+    shift_v = mechanism.shift_pv[0]
+    if onset == 1:
+        assert_close(mean_ck, torch.zeros(2, 3))
+        assert_close(sd_ck, torch.ones(2, 3))
+        return
+    assert_close(mean_ck[0], torch.zeros(3), atol=0.03, rtol=0)
+    assert_close(mean_ck[1, 1:], torch.tensor([1.5, 1.8]) * shift_v, atol=0.03, rtol=0)
+    own_v = model.bounded(model.responsive_log_scale_v).exp().detach() ** 2
+    expected = 0.5**2 * (0.5**2 + own_v[0]) + own_v[0]
+    assert float(sd_ck[0, 1] ** 2) == pytest.approx(float(expected), rel=0.03)
+    assert_close(sd_ck[0], sd_ck[1], rtol=0.02, atol=0)
+
+
 def test_between_two_snapshots_cells_are_led_to_the_later_one():
     """Halfway, half of what transitions miss of the later snapshot is made up for; just before it, all."""
     model = _filled(_model(n_sources=128))
@@ -288,12 +316,13 @@ def test_elbo_is_the_mean_over_minibatches(batch):
 
 @pytest.mark.parametrize("n_cells", [6, 12])
 @pytest.mark.parametrize(
-    "settings", [{}, PRESETS["paper"], {"times": (0.0, 1.0, 1.5, 2.0)}, {"transition": "ode"}]
+    "settings",
+    [{}, PRESETS["paper"], {"times": (0.0, 1.0, 1.5, 2.0)}, {"transition": "ode"}, {"onset": -1.0}],
 )
 def test_steps_of_training_can_be_recorded(n_cells, settings):
     """Gradients and memory are Pyro's, with fewer cells than places and with more, as the memory fills."""
     own = {name: value for name, value in settings.items() if name not in ("alignment", "alpha")}
-    shared = {name: own[name] for name in ("gates", "edges", "graph") if name in own}
+    shared = {name: own[name] for name in ("gates", "edges", "graph", "onset") if name in own}
     times = own.setdefault("times", (1.0, 2.0, 3.0))
     model = _bent(_model(n_conditions=2, doses_vary=False, **own))
     torch.manual_seed(1)
@@ -437,14 +466,19 @@ def test_memory_holds_what_was_drawn_of_each_snapshot(batch):
     assert_close(model.memory_ctmk, before)
 
 
-def _linear_cells(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Latents of a linear process with one background and two responsive programmes, and its truth."""
+def _linear_cells(
+    seed: int = 0, times: tuple[int, ...] = (1, 2, 3, 4)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Latents of a linear process with one background and two responsive programmes, and its truth.
+
+    Perturbations act from time 0 on.
+    """
     rng = np.random.default_rng(seed)
     weight_vk = np.array([[0.3, 0.6, 0.0], [0.0, -0.5, 0.5]])
     shift_cv = np.array([[0, 0], [2, 0], [0, 2], [-1.5, 0], [0, -1.5]])
     cut_cv = np.array([[0, 0], [0, 0], [0, 0], [1, 0], [0, 1]])
-    z, u, times = [], [], []
-    for c, time in itertools.product(range(5), range(1, 5)):
+    z, u, time_n = [], [], []
+    for c, time in itertools.product(range(5), times):
         cells = rng.standard_normal((1000, 3))
         for step in range(20 + time):
             push = (1 - cut_cv[c]) * (cells @ weight_vk.T) if step >= 20 else cells @ weight_vk.T
@@ -453,17 +487,16 @@ def _linear_cells(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, di
             cells = np.column_stack([0.8 * cells[:, 0], push + shift]) + noise
         z.append(cells)
         u.append(np.tile(np.eye(5)[c, 1:], (1000, 1)))
-        times.append(np.full(1000, float(time)))
+        time_n.append(np.full(1000, float(time)))
     truth = {"weight_vv": weight_vk[:, 1:], "shift_pv": shift_cv[1:], "cut_pv": cut_cv[1:] > 0}
-    return np.concatenate(z), np.concatenate(u), np.concatenate(times), truth
+    return np.concatenate(z), np.concatenate(u), np.concatenate(time_n), truth
 
 
-def test_axes_lagged_effects_shifts_and_cuts_are_read_off_unpaired_snapshots():
+@pytest.mark.parametrize("onset", [None, 0.0])
+def test_axes_lagged_effects_shifts_and_cuts_are_read_off_unpaired_snapshots(onset):
     z_nk, u_np, time_n, truth = _linear_cells()
     mixed = z_nk @ np.random.default_rng(1).standard_normal((3, 3)).T + 2.0
-    turn = lagged_rotation(
-        torch.tensor(mixed), torch.tensor(u_np), torch.tensor(time_n), 1, variance_k=torch.full((3,), 1e-4)
-    )
+    turn = _turn(mixed, u_np, time_n, onset)
     found = mixed @ turn.map_kk.numpy().T + turn.offset_k.numpy()
     match_kk = np.corrcoef(z_nk.T, found.T)[:3, 3:]
     assert abs(match_kk[0, 0]) > 0.99
@@ -472,7 +505,7 @@ def test_axes_lagged_effects_shifts_and_cuts_are_read_off_unpaired_snapshots():
     sign, rows = np.sign(match_kk[1:, 1:][[0, 1], place]), 1 + place
     assert (np.abs(match_kk[[1, 2], rows]) > 0.98).all()
     control = (u_np.sum(1) == 0) & (time_n == 1)
-    assert_allclose(found[control].mean(0), 0, atol=1e-4)
+    assert_allclose(found[control].mean(0), 0, atol=1e-4 if onset is None else 0.1)
     assert_allclose(found[control].std(0), 1, atol=0.01)
     seen = turn.mechanisms
     sd = z_nk[control][:, 1:].std(0)
@@ -482,10 +515,29 @@ def test_axes_lagged_effects_shifts_and_cuts_are_read_off_unpaired_snapshots():
     assert_allclose(seen.shift_pv.numpy()[:, place] * sign * sd, truth["shift_pv"], atol=0.3)
 
 
+def _turn(z_nk: np.ndarray, u_np: np.ndarray, time_n: np.ndarray, onset: float | None) -> Rotation:
+    arrays = (torch.tensor(part) for part in (z_nk, u_np, time_n))
+    return lagged_rotation(*arrays, 1, variance_k=torch.full((3,), 1e-4), onset=onset)
+
+
+def test_near_the_end_of_responses_the_onset_tells_the_axes():
+    """Latents whose means are a little off in each snapshot mislead steps from one snapshot to the next."""
+    z_nk, u_np, time_n, _ = _linear_cells(times=(3, 4, 5))
+    place_n = np.unique(np.column_stack([u_np, time_n]), axis=0, return_inverse=True)[1]
+    off_nk = 0.1 * np.random.default_rng(0).standard_normal((place_n.max() + 1, 3))[place_n]
+    worst = {}
+    for onset in (0.0, None):
+        turn = _turn(z_nk + off_nk, u_np, time_n, onset)
+        found = z_nk @ turn.map_kk.numpy().T
+        worst[onset] = np.abs(matching(z_nk[:, 1:], found[:, 1:]).correlation_m).min()
+        assert onset is None or turn.mechanisms.cut_pv.sum() == 2
+    assert worst[0.0] > 0.98 and worst[None] < 0.95
+
+
 def test_a_cut_that_descent_overlooked_is_tried():
     """Its programme holds a share of the background, and the logit of the cut is where no gradient is."""
     z_nk, u_np, time_n, truth = _linear_cells()
-    seen = _moments(z_nk, torch.tensor(u_np), time_n, np.zeros((3, 3)))
+    seen = _moments(z_nk, torch.tensor(u_np), time_n, np.zeros((3, 3)), None)
     lagged_vv, shift_pv = truth["weight_vv"], truth["shift_pv"].astype(float)
     start = _MomentFit.start(np.eye(2), np.array([[0.5], [0.0]]), lagged_vv, shift_pv)
     start["cut_logit_pv"] = np.where(truth["cut_pv"], 3.0, -3.0)
@@ -612,6 +664,9 @@ def test_what_the_user_is_told(simulated):
     once = Screen(train[train.obs["time"] == 1].copy(), "target", "control", time="time")
     with pytest.raises(PairError, match="two snapshots at least"):
         fit("temporal-scm", None, once, **SETTINGS)
+    course = Screen(train, "target", "control", time="time")
+    with pytest.raises(PairError, match="not to be after the first snapshot, at 1.0"):
+        fit("temporal-scm", None, course, onset=2.0, **SETTINGS)
     lonely = train[~((train.obs["target"] == "control") & (train.obs["time"] == 3))].copy()
     with pytest.raises(DataError, match="found none in time 3"):
         fit("temporal-scm", None, Screen(lonely, "target", "control", time="time"), **SETTINGS)
@@ -636,7 +691,7 @@ def test_times_that_cannot_be_read(labels, simulated):
 
 
 def test_a_target_without_cells_is_predicted_from_its_embedding(simulated):
-    """True shifts as embeddings: the unseen target's shift is near the truth's image, and less sure."""
+    """True shifts as embeddings, of five seen targets: what the unseen one does is the least sure."""
     train = simulated[(simulated.obs["split"] == "train") & (simulated.obs["target"] != "P02")].copy()
     record = simulated.uns["simulation"]
     table = pd.DataFrame(record["shift_pv"], index=[str(name) for name in record["perturbations"]])
@@ -648,7 +703,7 @@ def test_a_target_without_cells_is_predicted_from_its_embedding(simulated):
         .sel(programme=[f"responsive_{i}" for i in (1, 2, 3)])
         .mean(["time", "programme"])
     )
-    assert float(width.sel(condition="P02")) > 1.5 * float(width.drop_sel(condition="P02").mean())
+    assert float(width.sel(condition="P02")) > 1.15 * float(width.drop_sel(condition="P02").max())
     assert described.model.embedding_pe.abs().sum() > 0
     assert predict(described, ["P02", "P01+P02"], 10, times=[3]).n_obs == 20
 

@@ -49,6 +49,12 @@ def pair() -> tuple[TemporalSCM, TemporalSCMGuide]:
     return model, TemporalSCMGuide(**sizes, **settings, alignment="none")
 
 
+def test_tracks_have_no_onset(batch):
+    model = TemporalSCM(n_genes=4, n_targets=1, times=(0.0, 1.0, 2.0), onset=0.0, n_conditions=2, **SIZES)
+    with pytest.raises(ValueError, match="leave out onset= or track="):
+        poutine.trace(model).get_trace(batch)
+
+
 @pytest.mark.parametrize("join", ["moments", "mixture"])
 def test_programmes_follow_from_their_own_past(pair, batch, join):
     model, guide = pair
