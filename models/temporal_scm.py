@@ -203,6 +203,7 @@ class TemporalSCM(PyroModule):
     c       ``cut``            p, v       1 where the perturbation cuts the programme off its parents
     start   ``start``          p, v       shift at the first snapshot
     f_vj    ``weight``         v, l+v     slope of the effect of an edge (its bend is a parameter)
+    M       ``table_map``      f+1, e     how rows of embeddings follow from all f changes
     z_l     ``z_invariant``    n, l       background programmes
     z_v     ``z_responsive``   n, v       programmes that perturbations act on
     x       ``x``              n, g       counts (or log-normalised values)
@@ -291,10 +292,10 @@ class TemporalSCM(PyroModule):
             )
         if n_invariant < 1 or n_responsive < 1:
             raise ValueError("expected n_invariant and n_responsive of at least 1")
-        if onset is not None and onset > times[0]:
+        if onset is not None and not (isinstance(onset, int | float) and onset <= times[0]):
             raise ValueError(
-                f"expected onset={onset} not to be after the first snapshot, at {times[0]}; leave out "
-                "earlier cells, or pass onset=None"
+                f"expected onset as a number not after the first snapshot, at {times[0]}, found {onset!r}; "
+                "leave out earlier cells, or pass onset=None"
             )
         self.needs = {"time", "normalised" if likelihood == "gaussian" else "counts"}
         self.n_targets, self.n_invariant, self.n_responsive = n_targets, n_invariant, n_responsive

@@ -400,10 +400,7 @@ class _MomentFit(dict[str, np.ndarray]):
 
     def map_kk(self) -> np.ndarray:
         """From the axes of the blocks to those of the fit."""
-        n_v, n_l = self["background_vl"].shape
-        map_kk: np.ndarray = np.block(
-            [[np.eye(n_l), np.zeros((n_l, n_v))], [self["background_vl"], self["turn_vv"]]]
-        )
+        map_kk: np.ndarray = _map({name: torch.as_tensor(value) for name, value in self.items()}).numpy()
         return map_kk
 
     def cut(self) -> np.ndarray:

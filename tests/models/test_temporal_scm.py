@@ -22,7 +22,7 @@ from pyro_causalcell.inference import Fit, elbo_terms, fit
 from pyro_causalcell.inference.engine import EagerStep, TracedStep
 from pyro_causalcell.inference.lagged_rotation import _MomentFit, _moments, lagged_rotation
 from pyro_causalcell.inference.pair import Pair
-from pyro_causalcell.models.temporal_scm import PRESETS, Mechanism, TemporalSCM
+from pyro_causalcell.models.temporal_scm import PRESETS, Law, Mechanism, TemporalSCM
 from pyro_causalcell.predict import (
     cell_trajectories,
     effects,
@@ -202,6 +202,16 @@ def test_the_prior_of_a_cell_is_made_of_transitions_of_the_snapshot_before(batch
     assert float(log_p[4].detach()) == pytest.approx(expected, abs=1e-4)
     at_start = stats.norm.logpdf(torch.cat([z_nl[3], z_nv[3] - mechanism.start_pv[0]])).sum()
     assert float(log_p[3].detach()) == pytest.approx(at_start, abs=1e-4)
+
+
+def test_noise_does_not_depend_on_how_programmes_lie_in_memory():
+    """A compiled step may lay them out otherwise, and would then not be the step that Pyro takes."""
+    drawn = []
+    for loc_rmk in (torch.zeros(2, 3, 4).mT, torch.zeros(2, 4, 3)):
+        torch.manual_seed(0)
+        law = Law(loc_rmk, torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(2, 4, 3))
+        drawn.append(law.draw())
+    assert_close(*drawn, rtol=0, atol=0)
 
 
 def test_long_gaps_are_made_of_steps_no_longer_than_the_shortest():
@@ -665,8 +675,9 @@ def test_what_the_user_is_told(simulated):
     with pytest.raises(PairError, match="two snapshots at least"):
         fit("temporal-scm", None, once, **SETTINGS)
     course = Screen(train, "target", "control", time="time")
-    with pytest.raises(PairError, match="not to be after the first snapshot, at 1.0"):
-        fit("temporal-scm", None, course, onset=2.0, **SETTINGS)
+    for onset in (2.0, float("nan"), "soon"):
+        with pytest.raises(PairError, match=f"not after the first snapshot, at 1.0, found {onset!r}"):
+            fit("temporal-scm", None, course, onset=onset, **SETTINGS)
     lonely = train[~((train.obs["target"] == "control") & (train.obs["time"] == 3))].copy()
     with pytest.raises(DataError, match="found none in time 3"):
         fit("temporal-scm", None, Screen(lonely, "target", "control", time="time"), **SETTINGS)
