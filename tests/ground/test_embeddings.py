@@ -226,18 +226,21 @@ def test_few_changes_are_read_off_a_row_where_a_regression_on_it_is_lost():
 
 
 def test_a_table_of_noise_tells_what_a_typical_target_changes():
+    """However the coefficients came out by chance: they are known to be unsure."""
     table_pe, change_pf, seen_p = _described()
     change_pf[:, 0] = 1.5 + 0.1 * change_pf[:, 0]  # nearly all targets do this
     change_pf[:, 5] = 0.0  # and nobody this
-    torch.manual_seed(0)
-    noise_pe = standardised(torch.randn_like(table_pe), seen_p)
-    mean_uf, sd_uf = Reading.of(noise_pe, change_pf, seen_p).changes(noise_pe[~seen_p], 2)
-    assert float((mean_uf[:, 0] - 1.5).abs().max()) < 0.2
-    assert bool((mean_uf[:, 5] == 0).all())
-    told_uf = Reading.of(table_pe, change_pf, seen_p).changes(table_pe[~seen_p], 2)[0]
     others = [f for f in range(12) if f not in (0, 5)]
-    assert float(mean_uf[:, others].abs().mean()) < 0.4 * float(told_uf[:, others].abs().mean())
-    assert float(sd_uf[:, 1:5].mean()) > 0.5
+    told_uf = Reading.of(table_pe, change_pf, seen_p).changes(table_pe[~seen_p], 2)[0]
+    assert float(told_uf[:, others].abs().mean()) > 0.5
+    for seed in range(5):
+        torch.manual_seed(seed)
+        noise_pe = standardised(torch.randn_like(table_pe), seen_p)
+        mean_uf, sd_uf = Reading.of(noise_pe, change_pf, seen_p).changes(noise_pe[~seen_p], 2)
+        assert float((mean_uf[:, 0] - 1.5).abs().max()) < 0.2
+        assert bool((mean_uf[:, 5] == 0).all())
+        assert float(mean_uf[:, others].abs().mean()) < 0.2
+        assert float(sd_uf[:, 1:5].mean()) > 0.5
 
 
 def test_the_model_scores_the_rows_that_count():
