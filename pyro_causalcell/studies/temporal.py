@@ -61,7 +61,11 @@ REFERENCES = (PCA_TURNED, ORACLE)
 """Rows that train no model: components of x, and the true programmes, in the axes that the moments of the
 snapshots show. The second is what the axes could be if nothing were lost on the way from x to programmes."""
 
+ONSET = 0.0
+"""When perturbations begin to act in ``simulate.temporal_scm``."""
+
 SHARED: dict[str, Any] = {
+    "onset": ONSET,
     "likelihood": "gaussian",
     "n_hidden": 256,
     "activation": "leaky_relu",
@@ -347,6 +351,7 @@ def _turned(
         torch.from_numpy(screen.time_n[split.train]),
         n_invariant,
         variance_k=torch.zeros(n_programmes),
+        onset=ONSET,
         seed=seed,
     )
     return z_nk[split.test] @ turn.map_kk.numpy().T + turn.offset_k.numpy(), turn
