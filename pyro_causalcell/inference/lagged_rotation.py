@@ -453,8 +453,7 @@ class _Transitions(NamedTuple):
         map_kk, step = _map(part), _Step.under(part, self.u_rp)
         moments = step(self.mean_rk @ map_kk.T, map_kk @ self.covariance_rkk @ map_kk.T)
         later = self.later_mean_rk @ map_kk.T, map_kk @ self.later_covariance_rkk @ map_kk.T
-        nats = (self.size_r * _nats(*moments, *later)).sum() / self.size_r.sum()
-        return nats - torch.linalg.slogdet(part["turn_vv"])[1]
+        return _per_cell(_nats(*moments, *later), self.size_r, part)
 
 
 class _Paths(NamedTuple):
@@ -490,8 +489,7 @@ class _Paths(NamedTuple):
             covariances.append(covariance_ckk)
         mean_rk, covariance_rkk = (torch.stack(rolled, 1)[self.known_ct] for rolled in (means, covariances))
         found = self.mean_rk @ map_kk.T, map_kk @ self.covariance_rkk @ map_kk.T
-        nats = (self.size_r * _nats(mean_rk, covariance_rkk, *found)).sum() / self.size_r.sum()
-        return nats - torch.linalg.slogdet(part["turn_vv"])[1]
+        return _per_cell(_nats(mean_rk, covariance_rkk, *found), self.size_r, part)
 
 
 class _Step(NamedTuple):
@@ -537,6 +535,11 @@ def _nats(mean_rk: Tensor, covariance_rkk: Tensor, seen_mean_rk: Tensor, seen_rk
     seen_root_rkk = torch.linalg.cholesky(seen_rkk)
     white = torch.linalg.solve_triangular(root_rkk, torch.cat([seen_root_rkk, left_rk1], -1), upper=False)
     return root_rkk.diagonal(dim1=-2, dim2=-1).log().sum(-1) + (white**2).sum((-1, -2)) / 2
+
+
+def _per_cell(nats_r: Tensor, size_r: Tensor, part: dict[str, Tensor]) -> Tensor:
+    """The mean over cells, in the axes of the blocks."""
+    return (size_r * nats_r).sum() / size_r.sum() - torch.linalg.slogdet(part["turn_vv"])[1]
 
 
 def _penalty(part: dict[str, Tensor], width: float, n_cells: Tensor) -> Tensor:
