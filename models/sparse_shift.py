@@ -110,7 +110,7 @@ class SparseShift(PyroModule):
         interactions: Pairs of targets that get a gated shift of their own in cells that carry both.
         epistasis: Whether a target may mask what others do, and shifts saturate, see above.
         direct: Whether targets act on single genes, too, see above.
-        network: ``"mlp"``, or ``"image"`` where x are the pixels (y, x, rgb) of an image.
+        network: ``"mlp"``, or ``"image"`` where x are the pixels (y, x, rgb) of an image, from -1 to 1.
         n_hidden, n_layers, norm, activation: of the decoder.
 
     Raises:
@@ -178,7 +178,7 @@ class SparseShift(PyroModule):
             activation=activation,
         )
         self.direct = DirectEffects(n_targets, n_genes) if direct else None
-        self.theta_g, self.scale_g, self.zero_logit_g = spread(likelihood, n_genes)
+        self.theta_g, self.scale_g, self.zero_logit_g = spread(likelihood, n_genes, network)
 
     def forward(self, batch: Batch) -> Tensor:
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""

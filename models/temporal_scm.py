@@ -235,7 +235,7 @@ class TemporalSCM(PyroModule):
         min_effect: Smallest change worth a gate, in standard deviations of a programme.
         min_weight: Smallest slope worth an edge.
         shift_scale: τ.
-        network: ``"mlp"``, or ``"image"`` where x are the pixels (y, x, rgb) of an image.
+        network: ``"mlp"``, or ``"image"`` where x are the pixels (y, x, rgb) of an image, from -1 to 1.
         n_hidden, n_layers, norm, activation: of the decoder.
 
     Source: CITE-VAE (arXiv 2605.25581), equations 2 to 4. Gates, the population transition and its bound are
@@ -347,7 +347,7 @@ class TemporalSCM(PyroModule):
             norm=norm,
             activation=activation,
         )
-        self.theta_g, self.scale_g, self.zero_logit_g = spread(likelihood, n_genes)
+        self.theta_g, self.scale_g, self.zero_logit_g = spread(likelihood, n_genes, network)
 
     def forward(self, batch: Batch) -> Tensor:
         """The generative story of one minibatch; returns the observed or drawn x, shape n, g."""

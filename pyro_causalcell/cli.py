@@ -332,7 +332,7 @@ def fit(
         compile: Compile the training step: true at once, false never; where training is long enough to repay
             it if not given.
         matmul_precision: "highest" is float32; "high" lets GPUs take TF32 in matrix products, "medium"
-            processors bfloat16: faster on large minibatches, less exact.
+            processors bfloat16: faster on large minibatches, and on images, less exact.
         anchors: Control cell that a cell is compared with, for models that do: "batch" draws one of the same
             batch, "random" any, "twin" takes its own from --twin; its own if there is one, else one of the
             same batch, if not given.

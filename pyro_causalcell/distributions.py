@@ -817,12 +817,14 @@ class TransportMixture(TransitionMixture):
         return (self.priced(value).softmax(-1) * own_nm).sum(-1)
 
 
-def spread(likelihood: Likelihood, n_genes: int) -> tuple[Any, Any, Any]:
+def spread(likelihood: Likelihood, n_genes: int, network: str = "mlp") -> tuple[Any, Any, Any]:
     """The parameters that a measurement has beside its mean, for a model to own.
 
     Args:
         likelihood: Kind of measurement.
         n_genes: Genes g.
+        network: What draws the mean. The pixels of an ``"image"``, from -1 to 1, share one standard
+            deviation: with one each, those that are nearly constant would outweigh all that moves.
 
     Returns:
         Inverse dispersions θ_g of ``"nb"`` and ``"zinb"``, standard deviations of ``"gaussian"``, and
@@ -834,7 +836,8 @@ def spread(likelihood: Likelihood, n_genes: int) -> tuple[Any, Any, Any]:
     if likelihood not in get_args(Likelihood):
         raise ValueError(f"likelihood is one of {list(get_args(Likelihood))}, not {likelihood!r}")
     theta_g, scale_g = (
-        PyroParam(torch.full((n_genes,), start), constraint=constraints.positive) for start in (5.0, 1.0)
+        PyroParam(torch.full((n,), start), constraint=constraints.positive)
+        for n, start in ((n_genes, 5.0), (1, 0.1) if network == "image" else (n_genes, 1.0))
     )
     zero_logit_g = PyroParam(torch.full((n_genes,), -3.0))
     return (

@@ -206,8 +206,9 @@ class Encoder(nn.Module):
         n_extra: Width of what is appended to the genes: batch columns, design.
         log_input: Take log(1 + x): for counts.
         min_scale: Added to the scale, so that it cannot collapse.
-        network: ``"mlp"``, or ``"image"``: g are the pixels (y, x, rgb) of an image, and convolutions read
-            it; they have ``n_hidden / 8`` channels at half the size, and twice as many at each halving.
+        network: ``"mlp"``, or ``"image"``: g are the pixels (y, x, rgb) of an image, from -1 to 1, and
+            residual convolutions read it; they have ``n_hidden / 8`` channels at half the size, and twice as
+            many at each halving.
         n_hidden: as in :class:`MLP`.
         n_layers, norm, dropout, activation: as in :class:`MLP`; not of images.
     """
@@ -362,6 +363,19 @@ def straight_through(u_np: Tensor, gate_pk: Tensor, shift_pk: Tensor) -> Tensor:
     return torch.zeros(len(u_np), gate_pk.shape[-1], device=u_np.device).index_add(0, cell_m, shift_mk)
 
 
+class _Residual(nn.Module):
+    """What two convolutions add to an image; nothing at the start."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        last = nn.Conv2d(channels, channels, 3, 1, 1)
+        nn.init.zeros_(last.weight)
+        self.added = nn.Sequential(nn.SiLU(), nn.Conv2d(channels, channels, 3, 1, 1), nn.SiLU(), last)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image + self.added(image)
+
+
 class _ImageHidden(nn.Module):
     """Pixels, and what is appended to them -> hidden units: convolutions until the image is 4 pixels wide."""
 
@@ -370,16 +384,17 @@ class _ImageHidden(nn.Module):
         self.size, channels = _halvings(n_pixels, n_hidden)
         self.convolutions = nn.Sequential(
             *(
-                nn.Sequential(_convolution(old, new, 2), _convolution(new, new))
+                nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * old, new, 3, 1, 1), _Residual(new))
                 for old, new in pairwise((3, *channels))
-            )
+            ),
+            nn.SiLU(),
         )
         _as_pixels_come(self.convolutions)
         self.hidden = nn.Sequential(nn.Linear(channels[-1] * 16 + n_extra, n_hidden), nn.SiLU())
 
     def forward(self, x: Tensor, *extra: Tensor) -> Tensor:
         image = x.reshape(-1, self.size, self.size, 3).movedim(-1, 1)
-        features = self.convolutions(image).flatten(1)
+        features = _convolved(self.convolutions, image).flatten(1)
         hidden: Tensor = self.hidden(torch.cat([features, *map(_rows, extra)], 1))
         return hidden.reshape(*x.shape[:-1], hidden.shape[-1])
 
@@ -392,23 +407,32 @@ class _ImageOutput(nn.Module):
         _, channels = _halvings(n_pixels, n_hidden)
         channels = channels[::-1]
         self.first = (channels[0], 4, 4)
-        self.hidden = nn.Sequential(nn.Linear(n_hidden, channels[0] * 16), nn.SiLU())
+        self.hidden = nn.Linear(n_hidden, channels[0] * 16)
         self.convolutions = nn.Sequential(
-            _convolution(channels[0], channels[0]),
+            _Residual(channels[0]),
             *(
-                nn.Sequential(nn.Upsample(scale_factor=2), _convolution(old, new), _convolution(new, new))
+                nn.Sequential(nn.Conv2d(old, 4 * new, 1), nn.PixelShuffle(2), _Residual(new), _Residual(new))
                 for old, new in pairwise(channels)
             ),
-            nn.Conv2d(channels[-1], 12, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(channels[-1], 12, 3, 1, 1),
             nn.PixelShuffle(2),  # the last doubling costs no convolution at full size
         )
         _as_pixels_come(self.convolutions)
 
     def forward(self, hidden: Tensor) -> Tensor:
         flat = self.hidden(hidden.reshape(-1, hidden.shape[-1])).unflatten(1, self.first)
-        image = self.convolutions(flat.contiguous(memory_format=torch.channels_last))
+        image = _convolved(self.convolutions, flat.contiguous(memory_format=torch.channels_last))
         pixels: Tensor = image.movedim(1, -1).flatten(1)
         return pixels.reshape(*hidden.shape[:-1], pixels.shape[-1])
+
+
+def _convolved(convolutions: nn.Module, image: Tensor) -> Tensor:
+    """Convolutions of an image, in bfloat16 where "medium" precision of matrix products is asked for."""
+    low = torch.get_float32_matmul_precision() == "medium"
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=low):
+        convolved: Tensor = convolutions(image)
+    return convolved.float()
 
 
 def _halvings(n_pixels: int, n_hidden: int) -> tuple[int, list[int]]:
@@ -430,7 +454,3 @@ def _as_pixels_come(convolutions: nn.Module) -> None:
     for part in convolutions.modules():
         if isinstance(part, nn.Conv2d):
             part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
-
-
-def _convolution(n_in: int, n_out: int, stride: int = 1) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1), nn.GroupNorm(8, n_out), nn.SiLU())

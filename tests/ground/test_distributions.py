@@ -556,6 +556,9 @@ def test_measurements_around_a_decoder():
     _, scale_g, _ = spread("gaussian", 3)
     x = measurement(output_ng, library_n1, None, scale_g.init_value)
     torch.testing.assert_close(x.mean, output_ng)
+    assert scale_g.init_value.shape == (3,)
+    _, shared_1, _ = spread("gaussian", 3, "image")  # a flat ground would outweigh what stands on it
+    assert shared_1.init_value.shape == (1,)
     with pytest.raises(ValueError, match="likelihood is one of"):
         spread("zip", 3)
 

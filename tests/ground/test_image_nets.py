@@ -37,7 +37,7 @@ def test_axes_are_rows_columns_and_colours():
     hidden = _encoder(16).hidden
     x_yxc = torch.zeros(16, 16, 3)
     x_yxc[0, 15, 2] = 1.0
-    first = hidden.convolutions[0][0][0]
+    first = hidden.convolutions[0][:2]
     seen = []
     hidden.convolutions.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     hidden(torch.stack([x_yxc.flatten(), 0 * x_yxc.flatten()]))
@@ -46,6 +46,20 @@ def test_axes_are_rows_columns_and_colours():
     assert change[0, 7] > 0
     assert change[2:].sum() == 0 and change[:, :6].sum() == 0
     assert seen[0][0, 2, 0, 15] == 1 and seen[0].sum() == 1
+
+
+def test_medium_precision_computes_convolutions_in_half():
+    encoder, decoder = _encoder(16), _decoder(16)
+    x, none_nb = torch.rand(8, 768), torch.zeros(8, 0)
+    exact, before = decoder(encoder(x)[0], none_nb), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        near = decoder(encoder(x)[0], none_nb)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert near.dtype == torch.float32
+    difference = (near - exact).abs().max()
+    assert 0 < difference < 0.02 * exact.abs().max()
 
 
 def test_batch_columns_are_no_pixels():

@@ -149,7 +149,7 @@ def probe(n_train, epochs, *, n_hidden, n_shapes):
 
 
 def test_a_network_begins_to_read_the_scenes():
-    score = probe(768, 8, n_hidden=64, n_shapes=2)
+    score = probe(768, 30, n_hidden=64, n_shapes=2)
     assert min(score[name] for name in ("pos_x", "hue_back", "hue_spot")) > 0.5
 
 
