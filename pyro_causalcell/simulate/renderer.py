@@ -1,8 +1,9 @@
 """A ray marcher for small scenes: one object of seven shapes above a ground plane, lit by a spotlight."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from pyro_causalcell.errors import DataError
 
-__all__ = ["FACTORS", "SHAPES", "render"]
+__all__ = ["FACTORS", "SHAPES", "Engine", "render"]
+
+Engine = Literal["torch", "vtk"]
 
 FACTORS = (
     *("pos_x", "pos_y", "pos_z", "rot_alpha", "rot_beta"),
@@ -94,10 +97,10 @@ SHAPES = tuple(_PARTS)
 
 _SCALE = 1.6  # of the parts
 _BOUND = 2.82  # radius of a ball around the object that holds all parts of every shape
-_CAMERA = (0.0, -10.0, 9.0)
-_LOOK_AT = (0.0, 0.0, -0.6)
-_HALF_VIEW = 0.37  # tangent of half the angle of view
-_GROUND = -4.2
+CAMERA = (0.0, -10.0, 9.0)
+LOOK_AT = (0.0, 0.0, -0.6)
+HALF_VIEW = 0.37  # tangent of half the angle of view
+GROUND = -4.2
 _LIGHT_RADIUS, _LIGHT_HEIGHT = 4.0, 7.5
 _CONE = math.radians(17.5), math.radians(15.5)  # where the spotlight has ended, and where it starts to fade
 _AMBIENT, _SPOT = 0.55, 0.75
@@ -110,7 +113,9 @@ _BATCH = 16  # images at a time: their rays stay in the cache
 
 
 @torch.no_grad()
-def render(factors_nf: NDArray[np.floating], size: int = 32, *, device: str = "cpu") -> NDArray[np.uint8]:
+def render(
+    factors_nf: NDArray[np.floating], size: int = 32, *, device: str = "cpu", engine: Engine = "torch"
+) -> NDArray[np.uint8]:
     """Draws scenes: sphere tracing, Lambert shading, a hard shadow on the ground, four rays per pixel.
 
     The object turns by alpha around x, then by beta around y, and stands at (x, y, z). The spotlight is on a
@@ -125,12 +130,15 @@ def render(factors_nf: NDArray[np.floating], size: int = 32, *, device: str = "c
         factors_nf: One scene per row, columns as in ``FACTORS``; shape is a number from 0 to 6.
         size: Pixels along each side.
         device: "cpu" or "cuda".
+        engine: "torch" follows rays; "vtk" draws triangles, the same scene but for its edges
+            (``pip install 'pyro_causalcell[vtk]'``, and EGL or Mesa on the machine).
 
     Returns:
         Images, shape (n, size, size, 3): rows from the top, red, green, blue.
 
     Raises:
-        DataError: The table has another form, or a shape does not exist.
+        DataError: The table has another form, a shape or engine does not exist, or VTK is asked for a GPU.
+        ImportError: VTK is not installed.
 
     Source: sphere tracing: Hart 1996, The Visual Computer 12. The scene is that of Zimmermann et al. 2021
     and of CITRIS (Lippe et al. 2022) with other shapes, materials and camera.
@@ -140,13 +148,26 @@ def render(factors_nf: NDArray[np.floating], size: int = 32, *, device: str = "c
         raise DataError(f"expected scenes x {len(FACTORS)} factors {FACTORS}, found {factors_nf.shape}.")
     if not np.isin(factors_nf[:, -1], range(len(SHAPES))).all():
         raise DataError(f"expected shapes from 0 to {len(SHAPES) - 1}, found others in the last column.")
+    if engine not in get_args(Engine) or (engine == "vtk" and device != "cpu"):
+        raise DataError(
+            f"expected an engine of {list(get_args(Engine))}, the latter with device cpu, found {engine!r} "
+            f"with {device!r}. VTK finds a graphics card by itself."
+        )
     image_nyxc = np.empty((len(factors_nf), size, size, 3), dtype=np.uint8)
     with _one_thread():
-        view = _View(size, device)
+        draw = _drawing(View(size, device), engine)
         for rows, shape in _batches(factors_nf[:, -1].astype(np.int64)):
-            scene = _Scene(torch.tensor(factors_nf[rows], dtype=torch.float32, device=device), shape)
-            image_nyxc[rows] = view.draw(scene).cpu().numpy()
+            scene = Scene(torch.tensor(factors_nf[rows], dtype=torch.float32, device=device), shape)
+            image_nyxc[rows] = draw(scene).cpu().numpy()
     return image_nyxc
+
+
+def _drawing(view: "View", engine: Engine) -> "Callable[[Scene], Tensor]":
+    if engine == "torch":
+        return view.draw
+    from pyro_causalcell.simulate.rasteriser import Rasteriser  # it draws these very scenes
+
+    return Rasteriser(view).draw
 
 
 @contextmanager
@@ -168,7 +189,7 @@ def _batches(shape_n: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], st
             yield rows[first : first + _BATCH], shape
 
 
-class _Scene:
+class Scene:
     """Scenes with one shape: places, turns and colours, a row for each."""
 
     def __init__(self, factors_nf: Tensor, shape: str) -> None:
@@ -240,6 +261,16 @@ class _Scene:
         normal_h3 = torch.nn.functional.normalize(away_h3 - share_h1 * along_h3, dim=1)
         return paint_h3, (turn_h33 @ normal_h3.unsqueeze(2)).squeeze(2)
 
+    def object_colour(self, point_h3: Tensor, image_h: Tensor, part_h: Tensor) -> Tensor:
+        """Colours of points of the object: its paint under the light from all around and that of the spot."""
+        paint_h3, normal_h3 = self.surface(point_h3, image_h, part_h)
+        spot_h3 = self.spotlight(point_h3, normal_h3, image_h).unsqueeze(1) * self.spot_n3[image_h]
+        return paint_h3 * (_AMBIENT * (0.75 + 0.25 * normal_h3[:, 2:]) + spot_h3)
+
+    def ground_colour(self, lit_r: Tensor, image_r: Tensor) -> Tensor:
+        """Colours of points of the ground that get so much of the spotlight."""
+        return self.back_n3[image_r] * (_AMBIENT + lit_r.unsqueeze(1) * self.spot_n3[image_r])
+
     def spotlight(self, point_r3: Tensor, normal_r3: Tensor, image_r: Tensor) -> Tensor:
         """Light of the spot at points of a surface, 0 to 1, shadows aside."""
         ray_r3 = torch.nn.functional.normalize(self.light_n3[image_r] - point_r3, dim=1)
@@ -249,44 +280,52 @@ class _Scene:
         return (ray_r3 * normal_r3).sum(1).clamp(min=0) * inside_r.clamp(0, 1)
 
 
-class _View:
+class View:
     """The rays of a camera, and where they meet the ground."""
 
     def __init__(self, size: int, device: str) -> None:
-        self.size = size
-        side = math.isqrt(_RAYS_PER_PIXEL)
-        self.camera_3 = torch.tensor(_CAMERA, device=device)
-        ahead_3 = torch.nn.functional.normalize(torch.tensor(_LOOK_AT, device=device) - self.camera_3, dim=0)
-        up_3 = torch.tensor([0.0, 0.0, 1.0], device=device)
-        right_3 = torch.nn.functional.normalize(torch.linalg.cross(ahead_3, up_3), dim=0)
-        down_3 = torch.linalg.cross(ahead_3, right_3)
-        at = ((torch.arange(size * side, device=device) + 0.5) / (size * side) * 2 - 1) * _HALF_VIEW
-        at_y, at_x = torch.meshgrid(at, at, indexing="ij")
+        self.size, self.device = size, device
+        self.per_side = math.isqrt(_RAYS_PER_PIXEL)
+        self.camera_3 = torch.tensor(CAMERA, device=device)
+        self.up_13 = torch.tensor([[0.0, 0.0, 1.0]], device=device)
+        direction_yx3 = self._directions()
         # The rays of a pixel stand side by side, so that its colour is a mean over the last axis.
-        grid = [part.unflatten(0, (size, side)).unflatten(2, (size, side)) for part in (at_y, at_x)]
-        at_y, at_x = (part.transpose(1, 2).reshape(-1, 1) for part in grid)
-        self.direction_r3 = torch.nn.functional.normalize(ahead_3 + at_x * right_3 + at_y * down_3, dim=1)
-        far_r1 = (_GROUND - self.camera_3[2]) / self.direction_r3[:, 2:]
-        self.ground_r3 = self.camera_3 + far_r1 * self.direction_r3
-        self.up_13 = up_3[None]
+        pixels = direction_yx3.unflatten(0, (size, self.per_side)).unflatten(2, (size, self.per_side))
+        self.direction_r3 = pixels.transpose(1, 2).reshape(-1, 3)
+        self.ground_r3 = self._meet_ground(self.direction_r3)
 
-    def draw(self, scene: _Scene) -> Tensor:
+    def draw(self, scene: Scene) -> Tensor:
         """Images of scenes, (n, y, x, rgb)."""
         n, rays = len(scene.place_n3), len(self.direction_r3)
-        image_r = torch.arange(n, device=self.camera_3.device).repeat_interleave(rays)
+        image_r = torch.arange(n, device=self.device).repeat_interleave(rays)
         colour_r3 = self._ground(scene, image_r)
         direction_r3 = self.direction_r3.repeat(n, 1)
         ray_h, t_h, part_h = scene.trace(self.camera_3.expand(n, 3), direction_r3, image_r)
-        image_h = image_r[ray_h]
         point_h3 = self.camera_3 + t_h.unsqueeze(1) * direction_r3[ray_h]
-        paint_h3, normal_h3 = scene.surface(point_h3, image_h, part_h)
-        spot_h3 = scene.spotlight(point_h3, normal_h3, image_h).unsqueeze(1) * scene.spot_n3[image_h]
-        sky_h3 = _AMBIENT * (0.75 + 0.25 * normal_h3[:, 2:])
-        colour_r3[ray_h] = paint_h3 * (sky_h3 + spot_h3)
+        colour_r3[ray_h] = scene.object_colour(point_h3, image_r[ray_h], part_h)
         pixel = colour_r3.unflatten(0, (n, self.size, self.size, _RAYS_PER_PIXEL)).mean(3)
         return (pixel.clamp(0, 1) * 255).round().to(torch.uint8)
 
-    def _ground(self, scene: _Scene, image_r: Tensor) -> Tensor:
+    def ground_corners(self) -> Tensor:
+        """Where rays meet the ground, and one more row of them on every side, row by row, (q, 3)."""
+        return self._meet_ground(self._directions(beyond=1)).flatten(0, 1)
+
+    def _directions(self, beyond: int = 0) -> Tensor:
+        """Unit vectors along all rays, and along some beyond the image, (y, x, 3)."""
+        ahead_3 = torch.tensor(LOOK_AT, device=self.device) - self.camera_3
+        ahead_3 = torch.nn.functional.normalize(ahead_3, dim=0)
+        right_3 = torch.nn.functional.normalize(torch.linalg.cross(ahead_3, self.up_13[0]), dim=0)
+        down_3 = torch.linalg.cross(ahead_3, right_3)
+        side = self.size * self.per_side
+        at = torch.arange(-beyond, side + beyond, device=self.device) + 0.5
+        at_y, at_x = torch.meshgrid(2 * [(at / side * 2 - 1) * HALF_VIEW], indexing="ij")
+        to_yx3 = ahead_3 + at_x.unsqueeze(2) * right_3 + at_y.unsqueeze(2) * down_3
+        return torch.nn.functional.normalize(to_yx3, dim=2)
+
+    def _meet_ground(self, direction_3: Tensor) -> Tensor:
+        return self.camera_3 + (GROUND - self.camera_3[2]) / direction_3[..., 2:] * direction_3
+
+    def _ground(self, scene: Scene, image_r: Tensor) -> Tensor:
         """Colours of the ground behind every ray."""
         point_r3 = self.ground_r3.repeat(len(scene.place_n3), 1)
         lit_r = scene.spotlight(point_r3, self.up_13, image_r)
@@ -295,7 +334,7 @@ class _View:
         ray_b3 = torch.nn.functional.normalize(point_r3[bright_b] - scene.light_n3[image_b], dim=1)
         shadow_h, _, _ = scene.trace(scene.light_n3, ray_b3, image_b)
         lit_r[bright_b[shadow_h]] = 0
-        return scene.back_n3[image_r] * (_AMBIENT + lit_r.unsqueeze(1) * scene.spot_n3[image_r])
+        return scene.ground_colour(lit_r, image_r)
 
 
 def _colour(hue_n: Tensor, saturation_n: Tensor) -> Tensor:

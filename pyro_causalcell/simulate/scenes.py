@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pyro_causalcell.errors import DataError
 from pyro_causalcell.simulate.decoder import CONTROL, check_at_least, stream
-from pyro_causalcell.simulate.renderer import FACTORS, SHAPES, render
+from pyro_causalcell.simulate.renderer import FACTORS, SHAPES, Engine, render
 
 __all__ = ["BLOCKS", "Interventions", "scenes", "write_scenes"]
 
@@ -66,6 +66,7 @@ def scenes(
     spot_follows_object: bool = False,
     seed: int = 0,
     device: str = "cpu",
+    engine: Engine = "torch",
 ) -> xr.Dataset:
     r"""Simulates sequences of scenes whose factors drive one another, and draws them.
 
@@ -112,6 +113,7 @@ def scenes(
         spot_follows_object: Whether the spotlight turns with the position of the object.
         seed: Seed of everything. More sequences leave the first ones alone.
         device: Where images are drawn: "cpu" or "cuda".
+        engine: What draws them, see :func:`~pyro_causalcell.simulate.renderer.render`.
 
     Returns:
         Dataset with ``image`` (sequence, time, y, x, rgb; bytes), ``factors`` (sequence, time, factor),
@@ -123,6 +125,7 @@ def scenes(
 
     Raises:
         DataError: A setting is out of its range.
+        ImportError: VTK is asked for, and not installed.
 
     Source: the dynamics of Temporal Causal3DIdent, CITRIS (Lippe et al. 2022, ICML), appendix C.2; fixed
     interventions and short sequences are those of CITE-VAE. CITRIS has ``spot_follows_object``; without it
@@ -172,7 +175,7 @@ def scenes(
         names, on_sb = np.array(list(BLOCKS)), np.asarray(target_stb.any(1))
         data["condition"] = ("sequence", ["+".join(names[on_b]) or CONTROL for on_b in on_sb])
     if size is not None:
-        image = render(factors_stf.reshape(-1, len(FACTORS)), size, device=device)
+        image = render(factors_stf.reshape(-1, len(FACTORS)), size, device=device, engine=engine)
         image = image.reshape(n_sequences, length, size, size, 3)
         data["image"] = (("sequence", "time", "y", "x", "rgb"), image)
     return data
