@@ -232,6 +232,8 @@ class TemporalSCM(PyroModule):
         n_sources: Possible pasts that are looked at in a step.
         memory: Cells that are remembered of each condition and snapshot.
         blur: Weight of the entropy in ``"transport"`` and ``"sinkhorn"``, a squared distance of programmes.
+        unbalanced: Price of using pasts unlike one another in ``"transport"``, over ``blur``: with a low one
+            pasts may have grown or died. None demands that each is used alike.
         min_effect: Smallest change worth a gate, in standard deviations of a programme.
         min_weight: Smallest slope worth an edge.
         shift_scale: τ.
@@ -275,6 +277,7 @@ class TemporalSCM(PyroModule):
         n_sources: int = 128,
         memory: int = 128,
         blur: float = 0.3,
+        unbalanced: float | None = None,
         min_effect: float = 0.5,
         min_weight: float = 0.15,
         shift_scale: float = 2.0,
@@ -292,6 +295,11 @@ class TemporalSCM(PyroModule):
             )
         if n_invariant < 1 or n_responsive < 1:
             raise ValueError("expected n_invariant and n_responsive of at least 1")
+        if unbalanced is not None and not (join == "transport" and unbalanced > 0):
+            raise ValueError(
+                f'expected unbalanced above 0, and join="transport", found {unbalanced!r} with {join!r}; '
+                "pass unbalanced=None to use every past alike"
+            )
         if onset is not None and not (isinstance(onset, int | float) and onset <= times[0]):
             raise ValueError(
                 f"expected onset as a number not after the first snapshot, at {times[0]}, found {onset!r}; "
@@ -300,7 +308,7 @@ class TemporalSCM(PyroModule):
         self.needs = {"time", "normalised" if likelihood == "gaussian" else "counts"}
         self.n_targets, self.n_invariant, self.n_responsive = n_targets, n_invariant, n_responsive
         self.gates, self.edges, self.graph, self.l1 = gates if n_targets else "open", edges, graph, l1
-        self.join, self.n_sources, self.blur = join, n_sources, blur
+        self.join, self.n_sources, self.blur, self.unbalanced = join, n_sources, blur, unbalanced
         self.shift_scale, self.axes_sought = shift_scale, False
         self.min_effect, self.min_weight, self.n_cells = min_effect, min_weight, n_cells
         n_programmes = n_invariant + n_responsive
@@ -462,7 +470,8 @@ class TemporalSCM(PyroModule):
         moved_rmk = torch.cat([invariant.loc_rmk, responsive.loc_rmk], -1).detach()
 
         def priced(n_k: int) -> Tensor:
-            price_rm, _ = potentials(transport_cost(moved_rmk[..., :n_k], cells_rsk[..., :n_k], self.blur))
+            cost_rms = transport_cost(moved_rmk[..., :n_k], cells_rsk[..., :n_k], self.blur)
+            price_rm, _ = potentials(cost_rms, unbalanced=self.unbalanced)
             return torch.where(known_r11.squeeze(-1), price_rm, 0.0)[situation_n]
 
         p_z_nl = TransportMixture(invariant.mixture(situation_n), priced(self.n_invariant), self.blur)

@@ -806,6 +806,11 @@ class TransportMixture(TransitionMixture):
         super().__init__(*parts, mixture.log_weight_nm, validate_args=False)
         self.price_nm, self.blur = price_nm.detach(), blur
 
+    def expand(self, batch_shape: Shape, _instance: object = None) -> "TransportMixture":
+        """Expand weights and potentials; Pyro's plates do so."""
+        price_nm = self.price_nm.expand(*batch_shape, self.price_nm.shape[-1])
+        return TransportMixture(super().expand(batch_shape), price_nm, self.blur)
+
     def priced(self, value: Tensor) -> Tensor:
         """Logarithm of the coupling, up to a constant, shape (..., m)."""
         square_nm = ((value.unsqueeze(-2) - self.loc_nmk) ** 2).sum(-1)

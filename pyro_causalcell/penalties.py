@@ -98,26 +98,30 @@ def transport_cost(x_mk: Tensor, y_sk: Tensor, blur: float) -> Tensor:
 
 
 @torch.no_grad()
-def potentials(cost_ms: Tensor, n_steps: int = 30) -> tuple[Tensor, Tensor]:
+def potentials(cost_ms: Tensor, n_steps: int = 30, unbalanced: float | None = None) -> tuple[Tensor, Tensor]:
     """Dual potentials f and g of entropic transport between two sets of points of equal weights.
 
     The plan is exp(f + g - cost) / (m s).
 
     Args:
         cost_ms: Costs over the blur, shape (..., m, s).
+        unbalanced: Price, over the blur, of a nat by which the first points are not used each alike; None
+            demands that they are. The second points are all reached.
         n_steps: Sinkhorn's steps; their number is fixed, so that a step of training can be recorded.
 
     Returns:
         f, shape (..., m), and g, shape (..., s).
 
-    Source: Peyré and Cuturi, Computational optimal transport, 2019, section 4.4 (log domain).
+    Source: Peyré and Cuturi, Computational optimal transport, 2019, section 4.4 (log domain); unbalanced:
+    Chizat et al., Mathematics of Computation 87, 2018.
     """
+    damping = 1.0 if unbalanced is None else unbalanced / (1 + unbalanced)
     f_m = torch.zeros_like(cost_ms[..., 0])
     n_m, n_s = cost_ms.shape[-2:]
     for _ in range(n_steps):
         g_s = math.log(n_m) - (f_m.unsqueeze(-1) - cost_ms).logsumexp(-2)
-        f_m = math.log(n_s) - (g_s.unsqueeze(-2) - cost_ms).logsumexp(-1)
-    return f_m, g_s
+        f_m = damping * (math.log(n_s) - (g_s.unsqueeze(-2) - cost_ms).logsumexp(-1))
+    return f_m, math.log(n_m) - (f_m.unsqueeze(-1) - cost_ms).logsumexp(-2)
 
 
 def sinkhorn_divergence(x_mk: Tensor, y_sk: Tensor, blur: float) -> Tensor:

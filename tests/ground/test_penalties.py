@@ -119,6 +119,34 @@ def test_entropic_transport_agrees_with_pot():
     assert_close(plan_ms, expected, atol=1e-6, rtol=1e-4)
 
 
+def test_unbalanced_transport_agrees_with_pot():
+    torch.manual_seed(0)
+    ot = pytest.importorskip("ot")
+    cost_ms = transport_cost(torch.randn(6, 2).double(), 1 + torch.randn(5, 2).double(), 0.5)
+    f_m, g_s = potentials(cost_ms, 300, unbalanced=2.0)
+    plan_ms = (f_m[:, None] + g_s - cost_ms).exp() / 30
+    weights = torch.ones(6).double() / 6, torch.ones(5).double() / 5
+    expected = ot.unbalanced.sinkhorn_unbalanced(*weights, cost_ms, 1.0, (2.0, torch.inf), numItermax=3000)
+    assert_close(plan_ms, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_unbalanced_transport_sees_that_some_grow():
+    """Two groups of as many points; nine of ten points that they move to lie near the second."""
+    torch.manual_seed(0)
+    near_m1 = torch.tensor([-3.0] * 10 + [3.0] * 10)[:, None] + 0.1 * torch.randn(20, 1)
+    near_s1 = torch.tensor([-3.0] * 2 + [3.0] * 18)[:, None] + 0.1 * torch.randn(20, 1)
+    cost_ms = transport_cost(near_m1, near_s1, 0.5)
+
+    def used_by_the_second(unbalanced: float | None) -> float:
+        f_m, g_s = potentials(cost_ms, 300, unbalanced)
+        plan_ms = (f_m[:, None] + g_s - cost_ms).exp() / 400
+        assert_close(plan_ms.sum(0), torch.full((20,), 0.05), atol=1e-4, rtol=1e-3)  # all are reached
+        return float(plan_ms[10:].sum())
+
+    assert used_by_the_second(None) == pytest.approx(0.5, abs=0.01)
+    assert used_by_the_second(1.0) == pytest.approx(0.9, abs=0.01)
+
+
 def test_sinkhorn_divergence_is_zero_for_the_same_points_and_pulls_others_together():
     torch.manual_seed(0)
     x_mk = torch.randn(2, 8, 3)

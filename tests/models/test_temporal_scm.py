@@ -437,6 +437,28 @@ def test_joins_by_transport_pull_the_transitions_to_the_cells(join):
     assert "missed" not in elbo_terms(model, guide, _cells([0] * 4, [2.0] * 4))
 
 
+def test_unbalanced_transport_lets_pasts_die_out():
+    """Half the pasts are where no cell is: made to go to the cells, they pull; let go, they do not."""
+
+    def pull(unbalanced: float | None) -> float:
+        model = _filled(_model(join="transport", n_sources=8, gates="open", unbalanced=unbalanced))
+        guide = _guide(alignment="none", gates="open")
+        model.memory_ctmk[:, 0] = 0.1 * model.memory_ctmk[:, 0]
+        model.memory_ctmk[:, 0, ::2] -= 6
+        model.memory_ctmk[:, 1] = 0.1 * model.memory_ctmk[:, 1]
+        guide.encoder.loc.weight.data.zero_()
+        guide.encoder.loc.bias.data.zero_()
+        terms = elbo_terms(model, guide, _cells([0] * 4, [2.0] * 4))
+        (slope_l,) = torch.autograd.grad(terms["z_invariant"], model.invariant_offset_l_unconstrained)
+        return float(slope_l.abs().mean())
+
+    torch.manual_seed(0)
+    assert pull(1.0) < 0.5 * pull(None)
+    for settings in ({"join": "transport", "unbalanced": 0.0}, {"join": "mixture", "unbalanced": 1.0}):
+        with pytest.raises(ValueError, match="unbalanced above 0"):
+            _model(**settings)
+
+
 def test_an_ode_lets_programmes_act_within_a_step():
     """A linear one: where exp((W - 1) h) leads; a straight step cannot pass an effect on to a third."""
     model = _model(transition="ode")
