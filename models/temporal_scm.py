@@ -295,7 +295,8 @@ class TemporalSCM(PyroModule):
             )
         if n_invariant < 1 or n_responsive < 1:
             raise ValueError("expected n_invariant and n_responsive of at least 1")
-        if unbalanced is not None and not (join == "transport" and unbalanced > 0):
+        is_price = isinstance(unbalanced, int | float) and unbalanced > 0
+        if unbalanced is not None and not (join == "transport" and is_price):
             raise ValueError(
                 f'expected unbalanced above 0, and join="transport", found {unbalanced!r} with {join!r}; '
                 "pass unbalanced=None to use every past alike"

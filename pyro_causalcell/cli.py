@@ -981,7 +981,7 @@ def study(
             for ipsc2; simulated screens if not given.
         methods: Only these methods; repeat it for several. The baselines are always there.
         seeds: Seeds of every fit.
-        full: The size of Norman 2019, for simulated-screen; 20,000 films, on a GPU, for causal3dident.
+        full: The size of Norman 2019, for simulated-screen; 40,000 films, on a GPU, for causal3dident.
         quick: A small size that shows that all works.
         workers: Fits to run side by side, one for each core.
         executor: What runs them: "processes" of this machine, or "ray", on one machine or several.

@@ -116,12 +116,12 @@ def potentials(cost_ms: Tensor, n_steps: int = 30, unbalanced: float | None = No
     Chizat et al., Mathematics of Computation 87, 2018.
     """
     damping = 1.0 if unbalanced is None else unbalanced / (1 + unbalanced)
-    f_m = torch.zeros_like(cost_ms[..., 0])
+    g_s = torch.zeros_like(cost_ms[..., 0, :])
     n_m, n_s = cost_ms.shape[-2:]
     for _ in range(n_steps):
-        g_s = math.log(n_m) - (f_m.unsqueeze(-1) - cost_ms).logsumexp(-2)
         f_m = damping * (math.log(n_s) - (g_s.unsqueeze(-2) - cost_ms).logsumexp(-1))
-    return f_m, math.log(n_m) - (f_m.unsqueeze(-1) - cost_ms).logsumexp(-2)
+        g_s = math.log(n_m) - (f_m.unsqueeze(-1) - cost_ms).logsumexp(-2)
+    return f_m, g_s
 
 
 def sinkhorn_divergence(x_mk: Tensor, y_sk: Tensor, blur: float) -> Tensor:

@@ -61,8 +61,8 @@ class Rasteriser:
         point_q3, part_q, triangle_m3 = _corners(scene)
         n, q, g = len(scene.place_n3), len(point_q3), len(self.ground_q3)
         point_nq3 = point_q3 @ scene.turn_n33.transpose(1, 2) + scene.place_n3.unsqueeze(1)
-        image_p = torch.arange(n).repeat_interleave(q)
-        colour_nq3 = scene.object_colour(point_nq3.flatten(0, 1), image_p, part_q.repeat(n)).unflatten(
+        image_q = torch.arange(n).repeat_interleave(q)
+        colour_nq3 = scene.object_colour(point_nq3.flatten(0, 1), image_q, part_q.repeat(n)).unflatten(
             0, (n, q)
         )
         light_n13 = scene.light_n3.unsqueeze(1)

@@ -454,9 +454,9 @@ def test_unbalanced_transport_lets_pasts_die_out():
 
     torch.manual_seed(0)
     assert pull(1.0) < 0.5 * pull(None)
-    for settings in ({"join": "transport", "unbalanced": 0.0}, {"join": "mixture", "unbalanced": 1.0}):
+    for join, unbalanced in (("transport", 0.0), ("transport", "much"), ("mixture", 1.0)):
         with pytest.raises(ValueError, match="unbalanced above 0"):
-            _model(**settings)
+            _model(join=join, unbalanced=unbalanced)
 
 
 def test_an_ode_lets_programmes_act_within_a_step():
