@@ -22,7 +22,7 @@ from pyro_causalcell.distributions import (
 )
 from pyro_causalcell.embeddings import described, seen_targets
 from pyro_causalcell.nets import Activation, AdditiveMaps, Decoder, Network, Norm, times
-from pyro_causalcell.penalties import edge_cost, potentials, sinkhorn_divergence, transport_cost
+from pyro_causalcell.penalties import contrast, edge_cost, potentials, sinkhorn_divergence, transport_cost
 
 __all__ = ["PRESETS", "TemporalSCM"]
 
@@ -96,6 +96,12 @@ class Law(NamedTuple):
         """The mixture over pasts, for cells in these situations."""
         loc_nmk, log_scale_nk, precision_nk, slack_nmk = (part[situation_n] for part in self)
         return TransitionMixture(loc_nmk, log_scale_nk, precision_nk, slack_nmk, logits_nm)
+
+    def likely(self, z_nk: Tensor) -> Tensor:
+        """Log density of each cell n under the law of each situation r, for the only past of that, n, r."""
+        # no product of matrices, which may be of low precision: these are differences of large numbers
+        away_nrk = (z_nk.unsqueeze(-2) - self.loc_rmk.movedim(-2, -3)) * torch.exp(-self.log_scale_rk)
+        return -(away_nrk**2).sum(-1) / 2 - self.log_scale_rk.sum(-1)
 
     def spread(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the programmes over the possible pasts, each r, k."""
@@ -176,7 +182,9 @@ class TemporalSCM(PyroModule):
     Both take time in proportion to ``n_sources`` squared; 32 are enough.
 
     Where the screen knows tracks (``track=``), a cell's past is no secret: it is drawn from q(z | x) of the
-    same cell at the time before (site ``z_past``), and p(z^{t+1}) is its transition alone.
+    same cell at the time before (site ``z_past``), and p(z^{t+1}) is its transition alone. Then ``contrast``
+    helps to find the background: z_l is to tell a cell's past from the pasts of other cells of its condition,
+    by its own transition. What an intervention sets anew tells nothing of its past, and has no room there.
 
     Where it is known when perturbations began to act (``onset``), nothing has moved before: at the onset the
     programmes of every condition are standard normal each, and the first snapshots follow from there by
@@ -237,6 +245,7 @@ class TemporalSCM(PyroModule):
         min_effect: Smallest change worth a gate, in standard deviations of a programme.
         min_weight: Smallest slope worth an edge.
         shift_scale: τ.
+        contrast: Where tracks are known, weight of telling a cell's past by z_l, see above.
         network: ``"mlp"``, or ``"image"`` where x are the pixels (y, x, rgb) of an image, from -1 to 1.
         n_hidden, n_layers, norm, activation: of the decoder.
 
@@ -281,6 +290,7 @@ class TemporalSCM(PyroModule):
         min_effect: float = 0.5,
         min_weight: float = 0.15,
         shift_scale: float = 2.0,
+        contrast: float = 0.0,
         network: Network = "mlp",
         n_hidden: int = 128,
         n_layers: int = 2,
@@ -293,6 +303,8 @@ class TemporalSCM(PyroModule):
                 f"a temporal model needs two snapshots at least, found times {list(times)}; pass the column "
                 "of times as time=, or fit weight-variant-scm to a single snapshot"
             )
+        if not (isinstance(contrast, int | float) and contrast >= 0):
+            raise ValueError(f"expected contrast as a number from 0 on, found {contrast!r}")
         if n_invariant < 1 or n_responsive < 1:
             raise ValueError("expected n_invariant and n_responsive of at least 1")
         is_price = isinstance(unbalanced, int | float) and unbalanced > 0
@@ -310,7 +322,7 @@ class TemporalSCM(PyroModule):
         self.n_targets, self.n_invariant, self.n_responsive = n_targets, n_invariant, n_responsive
         self.gates, self.edges, self.graph, self.l1 = gates if n_targets else "open", edges, graph, l1
         self.join, self.n_sources, self.blur, self.unbalanced = join, n_sources, blur, unbalanced
-        self.shift_scale, self.axes_sought = shift_scale, False
+        self.shift_scale, self.contrast, self.axes_sought = shift_scale, contrast, False
         self.min_effect, self.min_weight, self.n_cells = min_effect, min_weight, n_cells
         n_programmes = n_invariant + n_responsive
         self.register_buffer("cells_p", torch.tensor(target_cells or [0.0] * n_targets))
@@ -371,6 +383,8 @@ class TemporalSCM(PyroModule):
                 z_nk = self.transported(*laws, situations, situation_n)
             else:
                 z_nk = self.programmes(*laws, situation_n)
+            if self.training and self.contrast:
+                self.recognised(z_nk[:, : self.n_invariant], laws[0], batch)
             self.remember(batch, z_nk)
             output_ng = self.decoder(z_nk, batch.batch_nb)
             p_x = measurement(output_ng, batch.library_n1, self.theta_g, self.scale_g, self.zero_logit_g)
@@ -462,6 +476,21 @@ class TemporalSCM(PyroModule):
             p_z_nv = PopulationNormal(loc_nk[:, n_l:] + known_nv, own_nvv, slack_nk[:, n_l:])
         z_nv = pyro.sample("z_responsive", p_z_nv)  # p(z_v | z_l, u)
         return torch.cat([z_nl, z_nv], -1)
+
+    def recognised(self, z_nl: Tensor, invariant: Law, batch: Batch) -> None:
+        """Charge z_l for what does not tell a cell's own past from those of others of its condition."""
+        if batch.previous is None:
+            raise ValueError(
+                "contrast= needs cells whose past is known; name the column that tells which cells are the "
+                "same (track=), or pass contrast=0"
+            )
+        if self.axes_sought:  # laws are of snapshots then, not of pasts
+            return
+        assert batch.previous.time_n is not None and batch.time_n is not None
+        is_later_n = batch.previous.time_n < batch.time_n
+        alone_n = -1 - torch.arange(batch.n_cells, device=is_later_n.device)  # a group of its own
+        group_n = torch.where(is_later_n, batch.condition_n, alone_n)
+        contrast("contrast", invariant.likely(z_nl), group_n, self.contrast)
 
     def transported(
         self, invariant: Law, responsive: Law, batch: Batch, situation_n: Tensor | slice

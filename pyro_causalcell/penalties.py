@@ -9,6 +9,7 @@ from torch import Tensor
 __all__ = [
     "alignment",
     "beta_sparsity",
+    "contrast",
     "edge_cost",
     "mmd_by_group",
     "potentials",
@@ -59,6 +60,26 @@ def alignment(name: str, loc_nl: Tensor, control_nl: Tensor, weight: float) -> N
     """
     distance_n = (loc_nl - control_nl).square().sum(-1)
     pyro.factor(name, weight * distance_n, has_rsample=True)  # a guide's factor counts as log q: a cost
+
+
+def contrast(name: str, score_nm: Tensor, group_n: Tensor, weight: float) -> None:
+    """Charge a cell for how hard its own past is to tell from those of the cells of its group.
+
+    What is charged is the cross-entropy of the choice, and that of the choice of its cell for each past. On
+    average over cells it is the logarithm of their number less a lower bound on what a past and a cell say of
+    each other. Call it inside the plate over cells.
+
+    Args:
+        name: Site name of the factor.
+        score_nm: How likely each cell n is after the past of each cell m: a log density.
+        group_n: Group of each cell; cells of a group of their own are charged nothing.
+        weight: Nats charged for a nat.
+
+    Source: van den Oord et al., arXiv 1807.03748, equation 4.
+    """
+    score_nm = score_nm.masked_fill(group_n[:, None] != group_n, -math.inf)
+    own_n = score_nm.diagonal(dim1=-2, dim2=-1)
+    pyro.factor(name, weight * (own_n - (score_nm.logsumexp(-2) + score_nm.logsumexp(-1)) / 2))
 
 
 def sliced_wasserstein(loc_nl: Tensor, control_nl: Tensor, group_n: Tensor, n_directions: int = 32) -> Tensor:

@@ -47,12 +47,14 @@ STUDY = "causal3dident"
 SETTING = "3DIdent-like"
 Floats = NDArray[np.float64]
 
+NO_CONTRAST: dict[str, Any] = {"contrast": 0.0, "warmup": {}}
 METHODS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, no alignment": temporal_scm.PRESETS["no-alignment"],
     "ours, no sparsity": temporal_scm.PRESETS["no-sparsity"],
     "ours, neither": temporal_scm.PRESETS["no-alignment"] | temporal_scm.PRESETS["no-sparsity"],
-    "ours, pasts unknown": {"track": None},
+    "ours, no contrast": NO_CONTRAST,
+    "ours, pasts unknown": {"track": None, **NO_CONTRAST},
     "iVAE": sparse_shift.PRESETS["ivae"],
     "VAE": sparse_shift.PRESETS["vae"],
 }
@@ -65,7 +67,8 @@ REFERENCES = (SUPERVISED, TRUTH)
 """The encoder trained to name the factors of training images: what can be read with these many. The true
 factors, divided into the true blocks: what each block says of the other."""
 
-N_INVARIANT, N_RESPONSIVE = 32, 32
+N_INVARIANT, N_RESPONSIVE = 16, 48
+"""Few invariant ones: what persists fills them, and all else has no room there."""
 SHARED: dict[str, Any] = {
     "network": "image",
     "likelihood": "gaussian",
@@ -78,6 +81,10 @@ TEMPORAL: dict[str, Any] = {
     "n_invariant": N_INVARIANT,
     "n_responsive": N_RESPONSIVE,
     "alpha": 1000.0,  # thousands of pixels weigh on the other side
+    "contrast": 1500.0,
+    "warmup": {"contrast": 1},
+    "batch_size": 256,  # the more pasts to choose from
+    "lr": 1e-3,
 }
 LEARNING_RATE, READOUT_EPOCHS = 2e-3, 20
 """Of networks that are told the factors: the supervised one and readouts."""
@@ -226,7 +233,7 @@ def score_job(job: Job, folder: Path) -> Scores:
     elif job.method == SUPERVISED:
         blocks = _true_blocks(named_by_encoder(x_ng, factors_nf, split, size, job.seed))
     else:
-        blocks = _latents(job, folder, as_cells(data, x_ng), split, settings | METHODS[job.method])
+        blocks = _latents(job, folder, as_cells(data, x_ng), split, settings)
     return _scores(blocks, factors_nf, split, data["condition"].values, job.seed)
 
 
@@ -292,12 +299,11 @@ def _latents(
     job: Job, folder: Path, adata: ad.AnnData, split: Split, settings: dict[str, Any]
 ) -> tuple[Floats | None, Floats]:
     """Posterior means of the invariant and responsive block; None and all where there are no blocks."""
-    track = settings.pop("track", "sequence")
     one_block = job.method in ONE_BLOCK
+    settings = settings | ({"n_latents": N_INVARIANT + N_RESPONSIVE} if one_block else TEMPORAL)
+    settings |= METHODS[job.method]
+    track = settings.pop("track", "sequence")
     screen = Screen(adata, control="control", time="time", track=None if one_block else track)
-    settings |= {"n_latents": N_INVARIANT + N_RESPONSIVE} if one_block else TEMPORAL
-    if settings.get("gates") == "open" and not one_block:
-        settings |= {"warm_start": 0}
     fit = inference.fit(
         "sparse-shift" if one_block else "temporal-scm",
         None,
@@ -395,11 +401,11 @@ def readings(z_nk: Floats, factors_nf: Floats, split: Split, seed: int) -> pd.Da
         seed: Seed of the network, which has 512 units in each layer.
 
     Returns:
-        A row for each factor; higher is better in all columns. ``r2`` and ``spearman``: by a network with two
-        hidden layers, of sine and cosine of angles and of the shape as seven yes-or-no questions. The R² of
-        a factor takes squares of all its columns together; the rank correlation is a mean over them (of the
-        likeliest shape). ``linear``: that R² by linear regression. ``raw_r2`` and ``raw_spearman``: the
-        network's, of the angle from 0 to 2 π, and of the number of the shape.
+        A row for each factor; higher is better in all columns. ``r2`` and ``spearman``: by a network with
+        three hidden layers, of sine and cosine of angles and of the shape as seven yes-or-no questions. The
+        R² of a factor takes squares of all its columns together; the rank correlation is a mean over them
+        (of the likeliest shape). ``linear``: that R² by linear regression. ``raw_r2`` and ``raw_spearman``:
+        the network's, of the angle from 0 to 2 π, and of the number of the shape.
     """
     truth_na = np.concatenate([answers(factors_nf), factors_nf[:, 3:]], 1)
     test_na = truth_na[split.test]

@@ -1,5 +1,6 @@
 """Penalties: what each factor adds to the model's log density."""
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.testing import assert_close
 from pyro_causalcell.penalties import (
     alignment,
     beta_sparsity,
+    contrast,
     edge_cost,
     mmd_by_group,
     potentials,
@@ -57,6 +59,15 @@ def test_particles_get_one_penalty_each():
 def test_alignment_charges_squared_distances():
     loc_nl, control_nl = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 0.0]])
     torch.testing.assert_close(_factor(alignment, loc_nl, control_nl, 0.5), torch.tensor(0.5 * (5 + 9)))
+
+
+def test_contrast_charges_the_choice_among_the_pasts_of_a_group():
+    score_nm = torch.tensor([[2.0, 1.0, 9.0], [0.0, 3.0, 9.0], [9.0, 9.0, 5.0]])
+    pairs = score_nm[:2, :2]  # the third cell has nobody to be confused with
+    right = pairs.log_softmax(1).diagonal() + pairs.log_softmax(0).diagonal()
+    with pyro.plate("cells", 3):
+        charged = _factor(contrast, score_nm, torch.tensor([0, 0, 4]), 10.0)
+    torch.testing.assert_close(charged, 5 * right.sum())
 
 
 def test_sliced_wasserstein_sorts_within_groups():

@@ -1,19 +1,22 @@
 """The temporal SCM where the past of a cell is known, and on images."""
 
+import math
+
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from pyro import poutine
+from torch.distributions import Normal
 
 from pyro_causalcell.batch import Batch
 from pyro_causalcell.data import Screen, Split
 from pyro_causalcell.errors import CheckpointError
 from pyro_causalcell.guides.temporal_scm import TemporalSCMGuide
 from pyro_causalcell.inference import elbo_terms, fit
-from pyro_causalcell.models.temporal_scm import TemporalSCM
-from pyro_causalcell.predict import predict
+from pyro_causalcell.models.temporal_scm import Law, TemporalSCM
+from pyro_causalcell.predict import latents, predict
 
 SIZES = {"n_invariant": 1, "n_responsive": 2, "likelihood": "gaussian", "norm": "none", "n_hidden": 4}
 
@@ -53,6 +56,28 @@ def test_tracks_have_no_onset(batch):
     model = TemporalSCM(n_genes=4, n_targets=1, times=(0.0, 1.0, 2.0), onset=0.0, n_conditions=2, **SIZES)
     with pytest.raises(ValueError, match="leave out onset= or track="):
         poutine.trace(model).get_trace(batch)
+
+
+def test_contrast_needs_tracks_and_a_weight(batch):
+    settings = SIZES | {"n_genes": 4, "n_targets": 1, "times": (0.0, 1.0, 2.0), "n_conditions": 2}
+    with pytest.raises(ValueError, match="contrast as a number from 0 on, found 'much'"):
+        TemporalSCM(**settings, contrast="much")
+    model = TemporalSCM(**settings, contrast=1.0)
+    with pytest.raises(ValueError, match="track="):
+        poutine.trace(model).get_trace(batch._replace(previous=None))
+    assert "contrast" in poutine.trace(model).get_trace(batch)
+    model.axes_sought = True
+    assert "contrast" not in poutine.trace(model).get_trace(batch)  # nothing has a past then
+    model.axes_sought = False
+    model.eval()
+    assert "contrast" not in poutine.trace(model).get_trace(batch)  # the bound is scored without it
+
+
+def test_a_law_tells_how_likely_each_cell_is(batch):
+    law = Law(torch.randn(3, 1, 2), torch.randn(3, 2), torch.ones(3, 2), torch.zeros(3, 1, 2))
+    z_nk = torch.randn(5, 2)
+    expected_nr = Normal(law.loc_rmk.squeeze(1), law.log_scale_rk.exp()).log_prob(z_nk.unsqueeze(1)).sum(-1)
+    torch.testing.assert_close(law.likely(z_nk), expected_nr + math.log(2 * math.pi))
 
 
 @pytest.mark.parametrize("join", ["moments", "mixture"])
@@ -148,6 +173,39 @@ def test_what_a_stationary_background_keeps_is_found_only_with_tracks():
         assert cells.n_obs == 5
     assert found["cell"] == pytest.approx(0.9, abs=0.1)
     assert abs(found[None] - 0.9) > 0.15
+
+
+def _kept_and_drawn_anew(n_tracks: int = 200, n_times: int = 6) -> ad.AnnData:
+    """Tracks: one coordinate is kept, nearly, and one is drawn anew at each time."""
+    rng = np.random.default_rng(0)
+    kept, anew = rng.normal(size=(n_tracks, 1)), rng.normal(size=(n_tracks, n_times))
+    kept = (kept + 0.1 * rng.normal(size=(n_tracks, n_times))).ravel()
+    x_ng = np.stack([kept, anew.ravel()], 1) @ np.array([[1.0, 1, 0, 0, 1, 0], [1, -1, 1, 1, 1, -1]])
+    obs = pd.DataFrame(
+        {
+            "target": np.repeat(np.where(np.arange(n_tracks) % 2, "A", "control"), n_times),
+            "time": np.tile(np.arange(n_times), n_tracks),
+            "cell": np.repeat(np.arange(n_tracks), n_times),
+            "kept": kept,
+        },
+        index=[f"c{n}" for n in range(n_tracks * n_times)],
+    )
+    return ad.AnnData((x_ng + 0.1 * rng.normal(size=x_ng.shape)).astype(np.float32), obs=obs)
+
+
+def test_contrast_puts_what_tells_the_past_into_the_background():
+    adata = _kept_and_drawn_anew()
+    screen = Screen(adata, control="control", time="time", track="cell")
+    found = {}
+    for contrast in (0.0, 10.0):
+        settings = SIZES | {"n_responsive": 1, "n_hidden": 32, "alignment": "none", "gates": "open"}
+        settings |= {"epochs": 15, "batch_size": 100, "lr": 1e-2, "warm_start": 0, "compile": False}
+        settings |= {"seed": 1, "progress": False}
+        trained = fit("temporal-scm", None, screen, contrast=contrast, **settings)
+        z_n = latents(trained, screen).obsm["X_causalcell"][:, 0]
+        found[contrast] = abs(np.corrcoef(z_n, adata.obs["kept"])[0, 1])
+    assert found[10.0] > 0.98
+    assert found[0.0] < 0.5  # other seeds have .93 and .94
 
 
 @pytest.mark.parametrize("training", [{"weights": {"z_invariant": 2.0}}, {"refine": 1}])

@@ -17,7 +17,7 @@ SIZE = study.Size(150, 4, 100, 8, 64, 1)
 def test_grid_has_every_method_and_reference() -> None:
     jobs = study.table_jobs(seeds=2)
     assert {job.method for job in jobs} == {*study.METHODS, *study.REFERENCES}
-    assert len({job.key for job in jobs}) == len(jobs) == 18
+    assert len({job.key for job in jobs}) == len(jobs) == 20
     with pytest.raises(CausalCellError, match=r"unknown \['CNN'\]"):
         study.table_jobs(methods=("CNN",))
 
