@@ -59,13 +59,17 @@ def test_tracks_have_no_onset(batch):
 
 
 def test_contrast_needs_tracks_and_a_weight(batch):
-    settings = SIZES | {"n_genes": 4, "n_targets": 1, "times": (0.0, 1.0, 2.0), "n_conditions": 2}
+    settings = SIZES | {"n_genes": 4, "n_targets": 1, "times": (0.0, 1.0, 2.0), "n_conditions": 6}
     with pytest.raises(ValueError, match="contrast as a number from 0 on, found 'much'"):
         TemporalSCM(**settings, contrast="much")
     model = TemporalSCM(**settings, contrast=1.0)
     with pytest.raises(ValueError, match="track="):
         poutine.trace(model).get_trace(batch._replace(previous=None))
-    assert "contrast" in poutine.trace(model).get_trace(batch)
+    charged_n = poutine.trace(model).get_trace(batch).nodes["contrast"]["fn"].log_factor
+    assert bool((charged_n[:2] == 0).all()) and bool((charged_n[2:] < 0).all())  # the first have no past
+    alone = batch._replace(condition_n=torch.arange(6))
+    charged_n = poutine.trace(model).get_trace(alone).nodes["contrast"]["fn"].log_factor
+    assert bool((charged_n == 0).all())  # nobody of their condition to be confused with
     model.axes_sought = True
     assert "contrast" not in poutine.trace(model).get_trace(batch)  # nothing has a past then
     model.axes_sought = False
