@@ -428,11 +428,21 @@ class _ImageOutput(nn.Module):
 
 
 def _convolved(convolutions: nn.Module, image: Tensor) -> Tensor:
-    """Convolutions of an image, in bfloat16 where "medium" precision of matrix products is asked for."""
-    low = torch.get_float32_matmul_precision() == "medium"
+    """Convolutions of an image; in bfloat16 where "medium" precision is asked for and the device has it."""
+    low = torch.get_float32_matmul_precision() == "medium" and _has_bfloat16(image.device)
     with torch.autocast(image.device.type, torch.bfloat16, enabled=low):
         convolved: Tensor = convolutions(image)
     return convolved.float()
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 itself: others imitate it, far slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older versions of torch
+        return False
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def _halvings(n_pixels: int, n_hidden: int) -> tuple[int, list[int]]:

@@ -180,7 +180,7 @@ def fit(
         matmul_precision: Of matrix products in training, as ``torch.set_float32_matmul_precision`` has it:
             ``"highest"`` is float32, ``"high"`` lets GPUs take TF32, ``"medium"`` also lets processors take
             bfloat16 where they have it. Sums stay in float32. With ``"medium"`` the convolutions of images
-            are in bfloat16 wherever they run: about twice as fast on processors made for it.
+            are in bfloat16 as well: about twice as fast on processors and cards that have it.
         anchors: Control cell that each cell comes with, for models that ask for one: ``"batch"`` draws one of
             the same batch, ``"random"`` any, ``"twin"`` takes the cell's own from ``Screen(twin=)``. None:
             its own where the screen has them, else one of the same batch.

@@ -48,18 +48,25 @@ def test_axes_are_rows_columns_and_colours():
     assert seen[0][0, 2, 0, 15] == 1 and seen[0].sum() == 1
 
 
-def test_medium_precision_computes_convolutions_in_half():
+@pytest.mark.parametrize("has", [("amx_bf16",), ("avx2", "avx512_bf16"), ("bf16",), ("avx2",), ()])
+def test_medium_precision_computes_convolutions_in_half_where_the_processor_can(monkeypatch, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(has, True))
     encoder, decoder = _encoder(16), _decoder(16)
     x, none_nb = torch.rand(8, 768), torch.zeros(8, 0)
     exact, before = decoder(encoder(x)[0], none_nb), torch.get_float32_matmul_precision()
+    computed = []
+    decoder.output.convolutions.register_forward_hook(lambda _, inputs, image: computed.append(image.dtype))
     try:
         torch.set_float32_matmul_precision("medium")
         near = decoder(encoder(x)[0], none_nb)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert near.dtype == torch.float32
     difference = (near - exact).abs().max()
-    assert 0 < difference < 0.02 * exact.abs().max()
+    assert near.dtype == torch.float32 and difference < 0.02 * exact.abs().max()
+    if any("bf16" in name for name in has):
+        assert computed == [torch.bfloat16] and difference > 0
+    else:
+        assert computed == [torch.float32]
 
 
 def test_batch_columns_are_no_pixels():
