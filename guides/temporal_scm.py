@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyro_causalcell.batch import Batch, LaggedMechanisms, Rotation
 from pyro_causalcell.distributions import Gate, GatedNormal, Likelihood, MeanFieldGate
-from pyro_causalcell.embeddings import LEAST_SHARE, DescriptionGuide, seen_targets
+from pyro_causalcell.embeddings import LEAST_SHARE, DescriptionGuide, Reading, all_changes, seen_targets
 from pyro_causalcell.nets import Activation, Encoder, Network, Norm, encoded_together
 from pyro_causalcell.penalties import alignment as align_pairs
 from pyro_causalcell.penalties import mmd_by_group
@@ -202,33 +202,33 @@ class TemporalSCMGuide(PyroModule):
         """
         open_pv = torch.ones_like(self.shift_loc) if logit_pv is None else torch.sigmoid(logit_pv)
         cut_pv = torch.zeros_like(open_pv) if cut_logit_pv is None else torch.sigmoid(cut_logit_pv)
-        locs = {name: loc for name, (loc, _) in normals.items()}
-        parts = [open_pv * locs["shift"], open_pv * locs["log_scale"], cut_pv]
-        parts += [locs["start"]] if "start" in locs else []
-        reading = self.description(self.embedding_pe, torch.cat(parts, -1))
+        locs = {f"{name}_pv": loc for name, (loc, _) in normals.items()}
+        change_pf = all_changes(open_pv, cut_pv=cut_pv, **locs)
+        reading = self.description(self.embedding_pe, change_pf)
         if self.training or bool(self.seen_p1.all()):
             return logit_pv, cut_logit_pv, normals
-        is_unseen_p = ~self.seen_p1.squeeze(-1)
-        found = reading.changes(self.embedding_pe[is_unseen_p], len(parts))
-        means, sds = (
-            value_uf.new_ones(len(open_pv), value_uf.shape[1])
-            .index_put((is_unseen_p,), value_uf)
-            .chunk(len(parts), -1)
-            for value_uf in found
-        )
+        shift, log_scale, cut, *start = self.told(reading, change_pf.shape[1] // open_pv.shape[1])
         if logit_pv is not None and cut_logit_pv is not None:
-            sides = [torch.special.ndtr((sign * means[0] - WORTH_A_GATE) / sds[0]) for sign in (-1, 1)]
+            sides = [torch.special.ndtr((sign * shift[0] - WORTH_A_GATE) / shift[1]) for sign in (-1, 1)]
             open_pv = torch.stack(sides).sum(0).clamp(1e-4, 1 - 1e-4)
             logit_pv = torch.where(self.seen_p1, logit_pv, torch.logit(open_pv))
-            cut_logit_pv = torch.where(self.seen_p1, cut_logit_pv, torch.logit(means[2].clamp(0.01, 0.99)))
+            cut_logit_pv = torch.where(self.seen_p1, cut_logit_pv, torch.logit(cut[0].clamp(0.01, 0.99)))
         share_pv = open_pv.clamp(min=LEAST_SHARE)
-        unseen = {"shift": (means[0] / share_pv, sds[0]), "log_scale": (means[1] / share_pv, sds[1])}
-        unseen |= {"start": (means[-1], sds[-1])}
-        return (
-            logit_pv,
-            cut_logit_pv,
-            {name: self.where_seen(normals[name], unseen[name]) for name in normals},
+        unseen = [(mean_pv / share_pv, sd_pv) for mean_pv, sd_pv in (shift, log_scale)] + start
+        found = zip(self.changes, unseen, strict=True)
+        return logit_pv, cut_logit_pv, {name: self.where_seen(normals[name], other) for name, other in found}
+
+    def told(self, reading: Reading, n_kinds: int) -> list[tuple[Tensor, Tensor]]:
+        """Mean and standard deviation of each kind of change, p, v, of unseen targets by their rows."""
+        is_unseen_p = ~self.seen_p1.squeeze(-1)
+        found = reading.changes(self.embedding_pe[is_unseen_p], n_kinds)
+        means, sds = (
+            value_uf.new_ones(len(is_unseen_p), value_uf.shape[1])
+            .index_put((is_unseen_p,), value_uf)
+            .chunk(n_kinds, -1)
+            for value_uf in found
         )
+        return list(zip(means, sds, strict=True))
 
     def align(self, loc_nl: Tensor, control_nl: Tensor, batch: Batch) -> None:
         """Charge differences of z_l between cells and control cells of the same time."""

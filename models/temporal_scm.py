@@ -20,7 +20,7 @@ from pyro_causalcell.distributions import (
     measurement,
     spread,
 )
-from pyro_causalcell.embeddings import described, seen_targets
+from pyro_causalcell.embeddings import all_changes, described, seen_targets
 from pyro_causalcell.nets import Activation, AdditiveMaps, Decoder, Network, Norm, times
 from pyro_causalcell.penalties import contrast, edge_cost, potentials, sinkhorn_divergence, transport_cost
 
@@ -67,11 +67,6 @@ class Mechanism(NamedTuple):
     cut_pv: Tensor
     start_pv: Tensor
     weight_vk: Tensor
-
-    def changes(self, with_start: bool) -> Tensor:
-        """All that each target changes, part by part, p, f."""
-        parts = [self.gate_pv * self.shift_pv, self.gate_pv * self.log_scale_pv, self.cut_pv]
-        return torch.cat([*parts, self.start_pv] if with_start else parts, -1)
 
 
 class Law(NamedTuple):
@@ -418,11 +413,12 @@ class TemporalSCM(PyroModule):
         weight_vk = pyro.sample("weight", GatedNormal(edge_vk, 0.0, 1.0).to_event(2))  # p(w | A)
         if self.l1:
             pyro.factor("sparsity", -self.l1 * self.n_cells * (edge_vk * weight_vk).abs().sum((-2, -1)))
-        found = Mechanism(gate_pv, edge_vk, shift_pv, log_scale_pv, cut_pv, start_pv, weight_vk)
         if hasattr(self, "embedding_pe"):
+            starts = start_pv if self.onset is None else None
+            change_pf = all_changes(gate_pv, shift_pv, log_scale_pv, cut_pv, starts)
             # in training nobody reads the rows of targets without cells
-            described(self.embedding_pe, found.changes(self.onset is None), self.seen_p | (not self.training))
-        return found
+            described(self.embedding_pe, change_pf, self.seen_p | (not self.training))
+        return Mechanism(gate_pv, edge_vk, shift_pv, log_scale_pv, cut_pv, start_pv, weight_vk)
 
     def situations(self, batch: Batch) -> tuple[Batch, Tensor | slice]:
         """The distinct conditions, times and designs of the cells, r, and which of them each cell is in.

@@ -47,6 +47,7 @@ __all__ = [
     "EffectMapGuide",
     "GateCurveGuide",
     "Reading",
+    "all_changes",
     "described",
     "expected_effects",
     "expected_gates",
@@ -246,12 +247,28 @@ class GateCurveGuide(PyroModule):
         return torch.where(seen_p, loc_p, where_open(loc_p, logit_pk))
 
 
+def all_changes(
+    open_pv: Tensor, shift_pv: Tensor, log_scale_pv: Tensor, cut_pv: Tensor, start_pv: Tensor | None = None
+) -> Tensor:
+    """All that each target changes, kind by kind, p, f: what its row is read off.
+
+    Args:
+        open_pv: Whether a mechanism is changed, or how probably.
+        shift_pv: Shift of the innovation where it is.
+        log_scale_pv: Change of its log standard deviation where it is.
+        cut_pv: Whether the programme is cut off its parents.
+        start_pv: Shifts at the first snapshot, if there are any.
+    """
+    kinds = [open_pv * shift_pv, open_pv * log_scale_pv, cut_pv]
+    return torch.cat(kinds if start_pv is None else [*kinds, start_pv], -1)
+
+
 def described(embedding_pe: Tensor, change_pf: Tensor, known_p: Tensor) -> None:
     """p(σ) p(M) p(e | m) in a model: the table, read off what each target changes.
 
     Args:
         embedding_pe: Standardised embeddings.
-        change_pf: All that each target changes, zero where it changes nothing.
+        change_pf: All that each target changes, zero where it changes nothing; see :func:`all_changes`.
         known_p: Targets whose rows count.
     """
     unit = embedding_pe.new_tensor(embedding_pe.shape[1]).rsqrt()  # rows have a mean squared length of 1
