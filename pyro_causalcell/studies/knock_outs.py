@@ -122,11 +122,12 @@ class Protocol(NamedTuple):
         controls: Spellings of control.
         symbols: A target's name in a file -> the symbol of its gene.
         times: Times that are kept of a file; None is all.
-        onset: When knock-outs are induced, on the scale of times; None if that is not known.
+        onset: When knock-outs of a file are induced, on the scale of times; None if that is not known.
+            Simulated ones act from time 0 on.
         excluded: Targets of a file that are left out.
         smallest_stratum: Cells that a knock-out needs at a time (in a clone, if the study has those) to be
             kept.
-        screens: Size -> arguments of ``simulate.temporal_scm``.
+        screens: Size -> arguments of ``simulate.temporal_scm``. Ours has as many programmes, of a file too.
         control_share: Control cells of a simulated snapshot, as a share of those of a knock-out.
         metrics: Columns of the table, with their headings; see ``compare_times``.
         paper: The paper's numbers.
@@ -258,7 +259,7 @@ class Effort(NamedTuple):
 
 EFFORTS = {
     "full": Effort(
-        model={"n_responsive": 6, "n_invariant": 10, "epochs": 45, "warm_start": 30},
+        model={"epochs": 45, "warm_start": 30},
         n_drawn=2000,
         n_cells=200,
         n_steps=None,
@@ -267,8 +268,6 @@ EFFORTS = {
     ),
     "quick": Effort(
         model={
-            "n_responsive": 3,
-            "n_invariant": 2,
             "epochs": 2,
             "warm_start": 0,
             "n_hidden": 8,
@@ -427,10 +426,6 @@ def score_job(job: Job, folder: Path) -> Scores:
 
 
 def _ours(job: Job, screen: Screen, effort: Effort, folder: Path) -> TimeModelPredictor:
-    settings = {"likelihood": "nb", **effort.model, **MODELS[job.method]}
-    settings["onset"] = PROTOCOLS[job.study].onset
-    if settings.get("gates") == "open":
-        settings["warm_start"] = 0  # no gates, no sparse axes to turn to
     fit = inference.fit(
         "temporal-scm",
         None,
@@ -440,9 +435,20 @@ def _ours(job: Job, screen: Screen, effort: Effort, folder: Path) -> TimeModelPr
         resume=True,
         seed=job.seed,
         progress=False,
-        **settings,
+        **_settings(job, effort),
     )
     return TimeModelPredictor(fit, job.method, n_cells=effort.n_drawn, seed=job.seed)
+
+
+def _settings(job: Job, effort: Effort) -> dict[str, Any]:
+    """Settings of ours: with as many programmes as the simulated screen has."""
+    protocol, size = PROTOCOLS[job.study], job.arguments["size"]
+    programmes = {name: protocol.screens[size][name] for name in ("n_invariant", "n_responsive")}
+    onset = protocol.onset if "data" in job.arguments else 0.0
+    settings = {"likelihood": "nb", "onset": onset, **programmes, **effort.model, **MODELS[job.method]}
+    if settings.get("gates") == "open":
+        settings["warm_start"] = 0  # no gates, no sparse axes to turn to
+    return settings
 
 
 def _other(

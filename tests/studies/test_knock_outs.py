@@ -246,6 +246,29 @@ def test_studies_keep_apart_in_one_folder(tmp_path, in_this_process) -> None:
     assert "RENGE" not in set(table["method"])
 
 
+def test_ours_is_told_the_programmes_of_the_simulation_and_the_onset_where_it_is_known(
+    clones, file, tmp_path
+):
+    clones.copy().write_h5ad(tmp_path / "clones.h5ad")
+    told = {}
+    for protocol, data in ((HIPSC, file), (IPSC2, tmp_path / "clones.h5ad")):
+        for where in (None, data):
+            job = next(
+                job
+                for job in knock_outs.table_jobs(protocol, data=where, seeds=1, methods=["ours"])
+                if job.method == "ours"
+            )
+            settings = knock_outs._settings(job, knock_outs.EFFORTS["full"])
+            told[protocol.name, where is None] = settings["n_responsive"], settings["onset"]
+            assert settings["n_invariant"] == 10
+    assert told == {
+        ("hipsc", True): (6, 0.0),
+        ("hipsc", False): (6, 0.0),
+        ("ipsc2", True): (3, 0.0),
+        ("ipsc2", False): (3, None),
+    }
+
+
 def test_a_users_file_is_studied(file, tmp_path, in_this_process) -> None:
     table = run_study("hipsc", tmp_path, data=file, methods=(), seeds=1, quick=True)
     assert set(table["setting"]) == {knock_outs.PRINCIPAL, knock_outs.RANDOM}
