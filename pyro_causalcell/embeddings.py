@@ -309,7 +309,7 @@ class Reading(NamedTuple):
         """
         weight_p1 = seen_p.unsqueeze(1).to(torch.float64)
         n_seen, row_pe, change_pf = weight_p1.sum(), weight_p1 * embedding_pe.double(), change_pf.double()
-        base_f = change_pf.masked_fill(~seen_p.unsqueeze(1), torch.nan).nanmedian(0).values
+        base_f = _typical(change_pf.masked_fill(~seen_p.unsqueeze(1), torch.nan))
         unit_f = (weight_p1 * (change_pf - base_f) ** 2).sum(0).div(n_seen).sqrt()
         used_f = unit_f > LEAST_EFFECT
         in_units_pf = weight_p1 * torch.where(used_f, (change_pf - base_f) / unit_f, 0.0)
@@ -397,6 +397,12 @@ class DescriptionGuide(PyroModule):
         pyro.sample("table_log_noise", dist.Normal(log_noise, 0.1))  # q(σ)
         pyro.sample("table_map", dist.Normal(mean_fe, sd_fe).to_event(2))  # q(M)
         return found
+
+
+def _typical(change_pf: Tensor) -> Tensor:
+    """Median of the rows that are not nan; of the two in the middle the smaller change."""
+    lower_f, upper_f = change_pf.nanmedian(0).values, -(-change_pf).nanmedian(0).values
+    return torch.where(lower_f.abs() < upper_f.abs(), lower_f, upper_f)
 
 
 def _regression(embedding_pe: Tensor, effect_pd: Tensor, seen_p: Tensor) -> tuple[Tensor, Tensor]:

@@ -243,6 +243,17 @@ def test_a_table_of_noise_tells_what_a_typical_target_changes():
         assert float(sd_uf[:, 1:5].mean()) > 0.5
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_what_half_of_the_targets_change_is_not_typical(sign):
+    change_pf = sign * torch.tensor(
+        [[2.0, 1.5, 1.5], [1.0, 0.0, 1.0], [0.0, 0.1, 1.2], [0.0, 0.0, 0.0], [9.0] * 3]
+    )
+    seen_p = torch.tensor([True, True, True, True, False])
+    table_pe = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    found = Reading.of(table_pe, change_pf, seen_p)
+    torch.testing.assert_close(found.base_f.float(), sign * torch.tensor([0.0, 0.0, 1.0]))
+
+
 def test_the_model_scores_the_rows_that_count():
     table_pe, change_pf, seen_p = _described()
     map_fe = torch.randn(13, table_pe.shape[1])
